@@ -3,7 +3,156 @@
 //!
 //! Depends on nothing of ours.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{
+    Parser, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+/// Takes orders over gRPC and REST, stores each durably before acknowledging it, and exposes
+/// Prometheus metrics on a port of its own.
+///
+/// Log lines go to stderr; RUST_LOG sets their level (default: info). Durations are written 250ms,
+/// 30s, 5m.
+#[derive(Debug, Clone, Parser)]
+#[allow(clippy::doc_markdown, reason = "clap shows these comments as they stand")]
+#[command(name = "order-service", version = env!("CARGO_PKG_VERSION"), max_term_width = 100)]
+pub struct Settings {
+    /// Address of the API listener: gRPC and REST, HTTP/1.1 and HTTP/2, on one port
+    #[arg(long, env = "ORDER_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:8181", value_parser = address)]
+    pub listen: SocketAddr,
+
+    /// Address of the admin listener: /metrics, /livez, /readyz
+    #[arg(long, env = "ORDER_ADMIN_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9464", value_parser = address)]
+    pub admin_listen: SocketAddr,
+
+    /// Where orders are kept: sqlite://PATH (a file of this process alone), sqlite::memory: (lost at
+    /// the end) or postgres://USER:PASSWORD@HOST/DATABASE (shared by many replicas)
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        value_name = "URL",
+        default_value = "sqlite://orders.db",
+        hide_env_values = true
+    )]
+    pub database_url: DatabaseUrl,
+
+    /// PostgreSQL connections of this process; times the replicas, they must fit into the server's
+    /// max_connections
+    #[arg(long, env = "ORDER_DATABASE_POOL", value_name = "COUNT", default_value = "4", value_parser = count::<1000>)]
+    pub database_pool: usize,
+
+    /// Simulated work per order, holding no lock
+    #[arg(long, env = "ORDER_PROCESSING_DELAY", value_name = "DURATION", default_value = "0ms", value_parser = duration)]
+    pub processing_delay: Duration,
+
+    /// Time limit of a request; a shorter grpc-timeout of the client wins
+    #[arg(long, env = "ORDER_REQUEST_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = positive_duration)]
+    pub request_timeout: Duration,
+
+    /// Requests in flight over both protocols; beyond it requests are shed at once
+    #[arg(long, env = "ORDER_MAX_IN_FLIGHT", value_name = "COUNT", default_value = "1024", value_parser = count::<1_000_000>)]
+    pub max_in_flight: usize,
+
+    /// API connections; beyond it a new one is closed at once
+    #[arg(long, env = "ORDER_MAX_CONNECTIONS", value_name = "COUNT", default_value = "10000", value_parser = count::<1_000_000>)]
+    pub max_connections: usize,
+
+    /// After it, 10 % more or less at random, a connection is asked to go (GOAWAY, connection: close),
+    /// so that clients find new replicas; 0s: never
+    #[arg(long, env = "ORDER_MAX_CONNECTION_AGE", value_name = "DURATION", default_value = "2m", value_parser = duration)]
+    pub max_connection_age: Duration,
+
+    /// Time limit of a connection's first bytes, of HTTP/1 headers and of the TLS handshake
+    #[arg(long, env = "ORDER_READ_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = positive_duration)]
+    pub read_timeout: Duration,
+
+    /// After SIGTERM: how long to go on serving while readiness is already false
+    #[arg(long, env = "ORDER_DRAIN_DELAY", value_name = "DURATION", default_value = "0s", value_parser = duration)]
+    pub drain_delay: Duration,
+
+    /// Then: hard time limit for requests in flight
+    #[arg(long, env = "ORDER_DRAIN_TIMEOUT", value_name = "DURATION", default_value = "20s", value_parser = duration)]
+    pub drain_timeout: Duration,
+
+    /// Then: at most how long to keep /metrics up for the final scrapes; must exceed the scrape interval
+    #[arg(long, env = "ORDER_FINAL_SCRAPE_TIMEOUT", value_name = "DURATION", default_value = "0s", value_parser = duration)]
+    pub final_scrape_timeout: Duration,
+
+    /// Scrapes to wait for after the last order is stored: one for each Prometheus server
+    #[arg(long, env = "ORDER_FINAL_SCRAPES", value_name = "COUNT", default_value = "1", value_parser = count::<100>)]
+    pub final_scrapes: usize,
+
+    /// Certificate chain of the API listener, PEM; needs --tls-key. Re-read when it changes
+    #[arg(long, env = "ORDER_TLS_CERT", value_name = "FILE", value_parser = file)]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of the certificate, PEM; needs --tls-cert. Re-read when it changes
+    #[arg(long, env = "ORDER_TLS_KEY", value_name = "FILE", value_parser = file)]
+    pub tls_key: Option<PathBuf>,
+
+    /// CA of the clients, PEM: with it, clients must show a certificate that it signed (mTLS)
+    #[arg(long, env = "ORDER_TLS_CLIENT_CA", value_name = "FILE", value_parser = file)]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// Form of the log lines on stderr
+    #[arg(long, env = "ORDER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+
+    /// Threads of the runtime [default: one per available core]
+    #[arg(long, env = "ORDER_WORKER_THREADS", value_name = "COUNT", value_parser = count::<1024>)]
+    pub worker_threads: Option<usize>,
+}
+
+/// Form of the log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One line of text.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why the arguments did not give settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoSettings {
+    /// The user asked for `--help` or `--version`: this is it.
+    Asked(String),
+    /// Exactly one line: the flag, its value and what is expected.
+    BadUsage(String),
+}
+
+impl Settings {
+    /// Reads the arguments (the first is the program's name) and, for flags not given, the
+    /// environment.
+    ///
+    /// # Errors
+    /// See [`NoSettings`].
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoSettings> {
+        let settings = Self::try_parse_from(args).map_err(|error| match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                NoSettings::Asked(error.to_string())
+            }
+            _ => NoSettings::BadUsage(one_line(&error)),
+        })?;
+        settings.check_tls()?;
+        Ok(settings)
+    }
+
+    fn check_tls(&self) -> Result<(), NoSettings> {
+        let bad = |given: &str, file: &PathBuf, missing: &str| {
+            let file = file.display();
+            Err(NoSettings::BadUsage(format!("{given} {file:?}: expected {missing} with it")))
+        };
+        match (&self.tls_cert, &self.tls_key, &self.tls_client_ca) {
+            (Some(cert), None, _) => bad("--tls-cert", cert, "--tls-key"),
+            (None, Some(key), _) => bad("--tls-key", key, "--tls-cert"),
+            (None, None, Some(ca)) => bad("--tls-client-ca", ca, "--tls-cert and --tls-key"),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// Where orders are kept. Neither `Debug` nor `Display` shows a password.
 #[derive(Clone, PartialEq, Eq)]
@@ -65,7 +214,9 @@ impl fmt::Debug for DatabaseUrl {
 /// last `@` of the authority, and every query parameter's value, since `password=` may stand there.
 fn without_password(url: &str) -> String {
     let (url, query) = url.split_once('?').map_or((url, None), |(url, query)| (url, Some(query)));
-    let Some((scheme, rest)) = url.split_once("://") else { return "***".to_owned() };
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return if url.contains('@') { "***".to_owned() } else { url.to_owned() };
+    };
     let shown = match rest.rsplit_once('@') {
         Some((user, host)) => {
             let user =
@@ -82,4 +233,66 @@ fn without_password(url: &str) -> String {
         })
         .collect();
     format!("{shown}?{}", names.join("&"))
+}
+
+fn address(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "an IP address and a port such as 127.0.0.1:8181")
+}
+
+/// Up to a day: longer is a mistake, and no sum of instants overflows.
+fn duration(text: &str) -> Result<Duration, &'static str> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= Duration::from_secs(86_400) => Ok(duration),
+        _ => Err("a duration such as 250ms, 30s or 5m, at most 24h"),
+    }
+}
+
+fn positive_duration(text: &str) -> Result<Duration, &'static str> {
+    match duration(text) {
+        Ok(duration) if duration >= Duration::from_millis(1) => Ok(duration),
+        _ => Err("a duration such as 250ms, 30s or 5m, at least 1ms and at most 24h"),
+    }
+}
+
+fn count<const MOST: usize>(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if (1..=MOST).contains(&number) => Ok(number),
+        _ => Err(format!("a whole number from 1 to {MOST}")),
+    }
+}
+
+fn file(text: &str) -> Result<PathBuf, &'static str> {
+    if text.is_empty() { Err("the path of a PEM file") } else { Ok(text.into()) }
+}
+
+/// clap explains over several lines; a log collector wants one. It never shows a password.
+fn one_line(error: &clap::Error) -> String {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let arg = context(ContextKind::InvalidArg).unwrap_or("the command line");
+    let flag = arg.split_whitespace().next().unwrap_or(arg);
+    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let line = match error.kind() {
+        ErrorKind::UnknownArgument => format!("{arg:?}: expected a flag of --help"),
+        ErrorKind::InvalidValue if value.is_empty() => {
+            format!("{flag}: expected a value, see --help")
+        }
+        ErrorKind::InvalidValue => match error.get(ContextKind::ValidValue) {
+            Some(ContextValue::Strings(valid)) => {
+                format!("{flag} {value:?}: expected {}", valid.join(" or "))
+            }
+            _ => format!("{flag} {value:?}: expected another value, see --help"),
+        },
+        ErrorKind::ValueValidation => {
+            let shown =
+                if flag == "--database-url" { without_password(value) } else { value.to_owned() };
+            let expected = std::error::Error::source(error).map(ToString::to_string);
+            format!("{flag} {shown:?}: expected {}", expected.unwrap_or_default())
+        }
+        ErrorKind::ArgumentConflict => format!("{flag}: expected once"),
+        kind => format!("{flag}: {kind}"),
+    };
+    line.replace(['\n', '\r'], " ")
 }

@@ -1,3 +1,94 @@
-//! The server process.
+//! The server process: arguments, logs, signals and the exit code; all else is in the library.
 
-fn main() {}
+use std::{env, net::SocketAddr, process::ExitCode};
+
+use anyhow::Context as _;
+use order_service::{
+    api::Extra,
+    app::{self, Ended, Inputs, Signals},
+    config::{NoSettings, Settings},
+    layers::ServedBy,
+    listener::Tls,
+    logs, panics,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+
+fn main() -> ExitCode {
+    let (settings, tls) = match read_settings() {
+        Ok(read) => read,
+        Err(NoSettings::Asked(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(NoSettings::BadUsage(line)) => {
+            eprintln!("order-service: {line}");
+            return ExitCode::from(2);
+        }
+    };
+    panics::log_panics();
+    match run(&settings, tls) {
+        Ok(Ended::Drained) => ExitCode::SUCCESS,
+        Ok(Ended::CutOff) => ExitCode::from(3),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn read_settings() -> Result<(Settings, Option<Tls>), NoSettings> {
+    let settings = Settings::read(env::args_os())?;
+    logs::start(settings.log_format, env::var("RUST_LOG").ok()).map_err(NoSettings::BadUsage)?;
+    let tls = match (&settings.tls_cert, &settings.tls_key) {
+        (Some(cert), Some(key)) => Some(Tls::load(cert, key, settings.tls_client_ca.as_deref())),
+        _ => None,
+    };
+    let tls = tls.transpose().map_err(|error| NoSettings::BadUsage(error.to_string()))?;
+    Ok((settings, tls))
+}
+
+fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
+    rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = settings.worker_threads {
+        runtime.worker_threads(threads);
+    }
+    runtime.enable_all().build().context("the runtime")?.block_on(async {
+        let inputs = Inputs {
+            api: bind("--listen", settings.listen).await?,
+            admin: bind("--admin-listen", settings.admin_listen).await?,
+            tls,
+            served_by: ServedBy::new(&host_name(), std::process::id()),
+            revision: option_env!("ORDER_SERVICE_REVISION").unwrap_or("unknown"),
+            signals: signals()?,
+        };
+        app::run(settings, inputs, Extra::default()).await
+    })
+}
+
+async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("{flag} {address}: cannot listen"))
+}
+
+/// The first SIGTERM or SIGINT asks for a drain, the second for an end.
+fn signals() -> anyhow::Result<Signals> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let signals = Signals::default();
+    let told = signals.clone();
+    tokio::spawn(async move {
+        for token in [told.drain, told.now] {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            token.cancel();
+        }
+    });
+    Ok(signals)
+}
+
+/// The pod's name on Kubernetes.
+fn host_name() -> String {
+    env::var("HOSTNAME")
+        .unwrap_or_else(|_| gethostname::gethostname().to_string_lossy().into_owned())
+}

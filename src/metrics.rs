@@ -1,41 +1,85 @@
 //! The registry and every metric family, with their help, labels and buckets; the handles that the
 //! rest of the service records with. The layer that records requests is in [`layer`].
 //!
-//! Knows `prometheus` only.
+//! Knows `prometheus` only, nothing of orders.
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+    core::{Collector, Metric},
+};
 
-/// Every metric of the process, and the registry they are scraped from.
+pub mod layer;
+mod process;
+
+/// Why the metrics could not be made; a mistake of the program, found when it starts.
+#[derive(Debug, thiserror::Error)]
+pub enum MetricsError {
+    /// A family that prometheus refuses: a bad name, or one that is there already.
+    #[error(transparent)]
+    Family(#[from] prometheus::Error),
+    /// prometheus keys the children of a family by a hash of their label values without separators:
+    /// two sets of labels met on one child.
+    #[error("the labels {wanted:?} of {family} share a series with others")]
+    Shared {
+        /// The family.
+        family: String,
+        /// The label values that were asked for.
+        wanted: Vec<String>,
+    },
+    /// Descriptors of gRPC services that cannot be read.
+    #[error("the gRPC descriptors: {0}")]
+    Descriptors(#[from] prost::DecodeError),
+}
+
+/// Every metric of the process but the request layer's, and the registry they are scraped from.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     /// What `/metrics` serves.
     pub registry: Registry,
-    /// The store's own.
+    /// The store's.
     pub store: StoreMetrics,
+    /// The API listener's.
+    pub connections: ConnectionMetrics,
+    /// The request layers'.
+    pub requests: RequestMetrics,
 }
 
 impl Metrics {
-    /// Creates and registers every family.
+    /// Creates and registers every family, all children at 0: a series that is born with a value
+    /// loses it to `rate` and `increase`.
     ///
     /// # Errors
-    /// If a name is registered twice.
-    pub fn new() -> Result<Self, prometheus::Error> {
+    /// See [`MetricsError`].
+    pub fn new(version: &str, revision: &str) -> Result<Self, MetricsError> {
         let registry = Registry::new();
         let store = StoreMetrics::new(&registry)?;
-        Ok(Self { registry, store })
+        let connections = ConnectionMetrics::new()?;
+        connections.register(&registry)?;
+        let requests = RequestMetrics::new(&registry)?;
+
+        let help = "1, with the version and the source revision of the program.";
+        let build = IntGaugeVec::new(
+            Opts::new("order_service_build_info", help),
+            &["version", "revision"],
+        )?;
+        build.with_label_values(&[version, revision]).set(1);
+        registry.register(Box::new(build))?;
+        registry.register(Box::new(process::ProcessCollector::new()?))?;
+        Ok(Self { registry, store, connections, requests })
     }
 }
 
-/// Why the store failed an order, as `order_store_errors_total` counts it.
+/// Why the store failed an attempt, as `order_store_errors_total` counts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoreErrorKind {
-    /// The server cannot be reached, is starting or stopping, or has no connection left.
+    /// The database cannot be reached, is starting or stopping, or has no connection left.
     Unavailable,
-    /// The server did not answer in time.
+    /// It did not answer in time.
     Timeout,
     /// A serialisation failure or deadlock.
     Conflict,
-    /// A constraint refused the row.
+    /// A constraint refused a row.
     Constraint,
     /// The disk is full.
     Full,
@@ -43,12 +87,16 @@ pub enum StoreErrorKind {
     Other,
 }
 
+/// In the order of [`StoreErrorKind`].
+const STORE_ERROR_KINDS: [&str; 6] =
+    ["unavailable", "timeout", "conflict", "constraint", "full", "other"];
+
 /// The handles of the store's families.
 #[derive(Debug, Clone)]
 pub struct StoreMetrics {
     /// `product_order_total`: orders committed, each once.
     pub placed: IntCounter,
-    /// `order_store_commit_duration_seconds`: one batch, from the first statement to the commit.
+    /// `order_store_commit_duration_seconds`: one batch, from its first statement to its commit.
     pub commit_seconds: Histogram,
     /// `order_store_batch_orders`: orders in one committed batch.
     pub batch_orders: Histogram,
@@ -58,18 +106,55 @@ pub struct StoreMetrics {
 }
 
 impl StoreMetrics {
-    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        // skeleton: families are completed with the layer
-        let placed = IntCounter::new("product_order_total", "Orders placed.")?;
-        registry.register(Box::new(placed.clone()))?;
-        let counter = || IntCounter::new("x", "x");
-        Ok(Self {
-            placed,
-            commit_seconds: Histogram::with_opts(HistogramOpts::new("c", "c"))?,
-            batch_orders: Histogram::with_opts(HistogramOpts::new("b", "b"))?,
-            queue_orders: IntGauge::new("q", "q")?,
-            errors: [counter()?, counter()?, counter()?, counter()?, counter()?, counter()?],
-        })
+    fn new(registry: &Registry) -> Result<Self, MetricsError> {
+        let placed = registered(
+            registry,
+            IntCounter::new(
+                "product_order_total",
+                "New orders that are durably stored, each once.",
+            )?,
+        )?;
+        let commit_seconds = registered(
+            registry,
+            Histogram::with_opts(
+                HistogramOpts::new(
+                    "order_store_commit_duration_seconds",
+                    "Time to commit one batch of orders durably, as the service sees it.",
+                )
+                // From a flush to a fast disk (0.1 ms) to the time limit of an attempt (1 s).
+                .buckets(vec![
+                    1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
+                    2.5,
+                ]),
+            )?,
+        )?;
+        let batch_orders = registered(
+            registry,
+            Histogram::with_opts(
+                HistogramOpts::new(
+                    "order_store_batch_orders",
+                    "Orders in one committed batch, replays included.",
+                )
+                // Powers of two to the size of the largest batch.
+                .buckets((0..=10).map(|power| f64::from(1 << power)).collect()),
+            )?,
+        )?;
+        let queue_orders = registered(
+            registry,
+            IntGauge::new(
+                "order_store_queue_orders",
+                "Orders that wait for a writer of the store.",
+            )?,
+        )?;
+        let errors = IntCounterVec::new(
+            Opts::new("order_store_errors_total", "Failed attempts to commit a batch, by kind."),
+            &["kind"],
+        )?;
+        let [unavailable, timeout, conflict, constraint, full, other] =
+            STORE_ERROR_KINDS.map(|kind| child(&errors, &[kind]));
+        registry.register(Box::new(errors))?;
+        let errors = [unavailable?, timeout?, conflict?, constraint?, full?, other?];
+        Ok(Self { placed, commit_seconds, batch_orders, queue_orders, errors })
     }
 
     /// The counter of `order_store_errors_total` for one kind.
@@ -78,7 +163,7 @@ impl StoreMetrics {
     }
 }
 
-/// The handles of the API listener's families.
+/// The handles of a listener's families.
 #[derive(Debug, Clone)]
 pub struct ConnectionMetrics {
     /// `connections_open`.
@@ -91,18 +176,39 @@ pub struct ConnectionMetrics {
     pub refused_read_timeout: IntCounter,
     /// `connections_refused_total{reason="tls"}`.
     pub refused_tls: IntCounter,
+    refused: IntCounterVec,
 }
 
-/// The handles with which the request layers record; the array index is [`Protocol`]'s.
-#[derive(Debug, Clone)]
-pub struct RequestMetrics {
-    /// `requests_in_flight_limit`.
-    pub in_flight_limit: IntGauge,
-    shed: [[IntCounter; 2]; 2],
-    panics: [IntCounter; 2],
+impl ConnectionMetrics {
+    /// Handles of families that are in no registry yet: the admin listener's never are, since
+    /// `connections_*` tell of the API.
+    ///
+    /// # Errors
+    /// See [`MetricsError`].
+    pub fn new() -> Result<Self, MetricsError> {
+        let refused = IntCounterVec::new(
+            Opts::new("connections_refused_total", "API connections closed unserved, by reason."),
+            &["reason"],
+        )?;
+        Ok(Self {
+            open: IntGauge::new("connections_open", "API connections that are open.")?,
+            accepted: IntCounter::new("connections_accepted_total", "API connections accepted.")?,
+            refused_limit: child(&refused, &["limit"])?,
+            refused_read_timeout: child(&refused, &["read_timeout"])?,
+            refused_tls: child(&refused, &["tls"])?,
+            refused,
+        })
+    }
+
+    fn register(&self, registry: &Registry) -> Result<(), MetricsError> {
+        registered(registry, self.open.clone())?;
+        registered(registry, self.accepted.clone())?;
+        registered(registry, self.refused.clone())?;
+        Ok(())
+    }
 }
 
-/// The two protocols of the API, as labels spell them.
+/// The two protocols of the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
     /// `grpc`
@@ -110,6 +216,16 @@ pub enum Protocol {
     /// `http`
     Http,
 }
+
+impl Protocol {
+    /// As labels and logs spell it.
+    pub fn as_str(self) -> &'static str {
+        PROTOCOLS[self as usize]
+    }
+}
+
+/// In the order of [`Protocol`].
+const PROTOCOLS: [&str; 2] = ["grpc", "http"];
 
 /// Why a request was shed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,7 +236,49 @@ pub enum ShedReason {
     QueueFull,
 }
 
+/// In the order of [`ShedReason`].
+const SHED_REASONS: [&str; 2] = ["in_flight", "queue_full"];
+
+/// The handles with which the request layers record.
+#[derive(Debug, Clone)]
+pub struct RequestMetrics {
+    /// `requests_in_flight_limit`.
+    pub in_flight_limit: IntGauge,
+    shed: [[IntCounter; 2]; 2],
+    panics: [IntCounter; 2],
+}
+
 impl RequestMetrics {
+    fn new(registry: &Registry) -> Result<Self, MetricsError> {
+        let help = "Requests that may be in flight at once; beyond it they are shed.";
+        let in_flight_limit =
+            registered(registry, IntGauge::new("requests_in_flight_limit", help)?)?;
+        let shed = registered(
+            registry,
+            IntCounterVec::new(
+                Opts::new("requests_shed_total", "Requests refused at once for overload."),
+                &["protocol", "reason"],
+            )?,
+        )?;
+        let panics = registered(
+            registry,
+            IntCounterVec::new(
+                Opts::new("request_panics_total", "Requests that panicked: bugs."),
+                &["protocol"],
+            )?,
+        )?;
+        let [grpc, http] = PROTOCOLS;
+        let [in_flight, queue_full] = SHED_REASONS;
+        Ok(Self {
+            in_flight_limit,
+            shed: [
+                [child(&shed, &[grpc, in_flight])?, child(&shed, &[grpc, queue_full])?],
+                [child(&shed, &[http, in_flight])?, child(&shed, &[http, queue_full])?],
+            ],
+            panics: [child(&panics, &[grpc])?, child(&panics, &[http])?],
+        })
+    }
+
     /// The counter of `requests_shed_total` for one protocol and reason.
     pub fn shed(&self, protocol: Protocol, reason: ShedReason) -> &IntCounter {
         &self.shed[protocol as usize][reason as usize]
@@ -130,4 +288,33 @@ impl RequestMetrics {
     pub fn panics(&self, protocol: Protocol) -> &IntCounter {
         &self.panics[protocol as usize]
     }
+}
+
+/// Registers a collector and hands it back.
+fn registered<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    collector: C,
+) -> Result<C, MetricsError> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+/// The child of a family with these label values, which no other labels share.
+fn child<B>(family: &prometheus::core::MetricVec<B>, values: &[&str]) -> Result<B::M, MetricsError>
+where
+    B: prometheus::core::MetricVecBuilder,
+{
+    let child = family.get_metric_with_label_values(values)?;
+    let metric = child.metric();
+    let carries = |value: &&str| metric.get_label().iter().any(|label| label.value() == *value);
+    if metric.get_label().len() == values.len() && values.iter().all(carries) {
+        return Ok(child);
+    }
+    let family = family.desc().first().map(|desc| desc.fq_name.clone()).unwrap_or_default();
+    Err(MetricsError::Shared { family, wanted: values.iter().map(ToString::to_string).collect() })
+}
+
+/// A gauge whose value is set when it is scraped.
+fn gauge(name: &str, help: &str) -> Result<Gauge, MetricsError> {
+    Ok(Gauge::new(name, help)?)
 }

@@ -77,6 +77,11 @@ impl ProductId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The text.
+    pub fn into_string(self) -> String {
+        self.0
+    }
 }
 
 impl FromStr for ProductId {

@@ -1,7 +1,35 @@
-//! Where orders are kept: the queue, the group commit, and the two engines. The only SQL of the
-//! service is in this module's children.
+//! Where orders are kept: the queue and the group commit ([`batcher`]), and the two engines. The only
+//! SQL of the service is in this module's children.
+//!
+//! Knows [`mod@crate::order`], the handles of [`crate::metrics`] and the database URL; nothing of the
+//! protocols.
 
-use crate::order::{IdempotencyKey, Order, OrderId, Placed};
+use std::sync::Arc;
+
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout_at},
+};
+
+use self::{
+    batcher::Queue,
+    engine::{Engine, Failure},
+};
+use crate::{
+    config::DatabaseUrl,
+    metrics::StoreMetrics,
+    order::{IdempotencyKey, Order, OrderId, Placed},
+};
+
+mod batcher;
+mod engine;
+mod health;
+mod migrate;
+mod postgres;
+mod rows;
+mod sqlite;
+
+pub use self::health::{StoreHealth, StoreStatus};
 
 /// An order on its way to the store.
 #[derive(Debug, Clone)]
@@ -13,7 +41,7 @@ pub struct NewOrder {
 }
 
 /// Why the store did not do what it was asked.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// The queue is full: nothing was done.
     #[error("the store's queue is full")]
@@ -24,10 +52,123 @@ pub enum StoreError {
     /// The store cannot be reached or is full; a placed order's outcome may be unknown.
     #[error("the store is unavailable")]
     Unavailable,
-    /// The caller's deadline passed first; nothing was done.
+    /// The caller's deadline passed first; nothing was done, and nothing will be.
     #[error("the deadline passed")]
     DeadlineExceeded,
-    /// A failure that no retry mends. It was logged with its cause; clients see no detail.
+    /// A failure that no retry mends, with its cause, which is for the log alone.
     #[error("the store failed: {0}")]
     Internal(String),
+}
+
+/// Why a store could not be opened: one line, without a password.
+#[derive(Debug, thiserror::Error)]
+#[error("--database-url {url}: {cause}")]
+pub struct OpenError {
+    url: String,
+    cause: String,
+}
+
+/// A store of orders. A clone is cheap; each holds the queue open.
+#[derive(Debug, Clone)]
+pub struct Store {
+    engine: Arc<Engine>,
+    queue: Queue,
+    health: StoreHealth,
+}
+
+impl Store {
+    /// Opens a database and brings its tables up to date. A PostgreSQL server that is not up yet is
+    /// waited for, at most 30 s; `health` tells why meanwhile. `pool` is the number of connections to
+    /// it, at least 1.
+    ///
+    /// # Errors
+    /// If the database cannot be reached, is locked by another process, refuses the login, or was
+    /// made by a newer version.
+    pub async fn open(
+        url: DatabaseUrl,
+        pool: usize,
+        metrics: StoreMetrics,
+        health: StoreHealth,
+    ) -> Result<(Self, Writers), OpenError> {
+        let opened = match &url {
+            DatabaseUrl::SqliteFile(path) => {
+                sqlite::Sqlite::open_file(path).await.map(Engine::Sqlite)
+            }
+            DatabaseUrl::SqliteMemory => sqlite::Sqlite::open_memory().await.map(Engine::Sqlite),
+            DatabaseUrl::Postgres(url) => {
+                postgres::Postgres::open(url.clone(), pool, &health).await.map(Engine::Postgres)
+            }
+        };
+        let engine = opened.map_err(|cause| OpenError { url: url.to_string(), cause })?;
+        let engine = Arc::new(engine);
+        health.answered();
+        let (queue, tasks) = batcher::start(&engine, metrics, &health);
+        let writers = Writers { tasks, engine: engine.clone() };
+        Ok((Self { engine, queue, health }, writers))
+    }
+
+    /// Places an order, or finds the one that its key has already placed.
+    ///
+    /// A caller that drops this future before its order was sent to the database places nothing; one
+    /// that drops it later may have placed it.
+    ///
+    /// # Errors
+    /// Any [`StoreError`].
+    pub async fn place(&self, order: NewOrder, deadline: Instant) -> Result<Placed, StoreError> {
+        self.queue.place(order, deadline).await
+    }
+
+    /// Reads one order.
+    ///
+    /// # Errors
+    /// `Unavailable`, `DeadlineExceeded` or `Internal`.
+    pub async fn get(&self, id: OrderId, deadline: Instant) -> Result<Option<Order>, StoreError> {
+        self.read(self.engine.get(id), deadline).await
+    }
+
+    /// Reads at most `limit` orders, newest first, beginning below `before`.
+    ///
+    /// # Errors
+    /// `Unavailable`, `DeadlineExceeded` or `Internal`.
+    pub async fn list(
+        &self,
+        before: Option<OrderId>,
+        limit: u32,
+        deadline: Instant,
+    ) -> Result<Vec<Order>, StoreError> {
+        self.read(self.engine.list(before, limit), deadline).await
+    }
+
+    async fn read<T>(
+        &self,
+        reading: impl Future<Output = Result<T, Failure>>,
+        deadline: Instant,
+    ) -> Result<T, StoreError> {
+        match timeout_at(deadline, reading).await {
+            Ok(Ok(read)) => Ok(read),
+            Ok(Err(failure)) => Err(failure.for_caller()),
+            Err(_) if self.health.is_failing() => Err(StoreError::Unavailable),
+            Err(_) => Err(StoreError::DeadlineExceeded),
+        }
+    }
+}
+
+/// The writing half of a store.
+#[derive(Debug)]
+pub struct Writers {
+    tasks: JoinSet<()>,
+    engine: Arc<Engine>,
+}
+
+impl Writers {
+    /// Waits until every clone of the store is gone and every order that was queued is settled; then
+    /// closes the database.
+    pub async fn finished(mut self) {
+        while let Some(ended) = self.tasks.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a writer of the store ended by itself");
+            }
+        }
+        self.engine.close().await;
+    }
 }

@@ -1,0 +1,30 @@
+# What one does with this repository. `make run` and `make test` are all that most need.
+
+CARGO ?= cargo
+TOOLS := $(CURDIR)/.tools
+
+.PHONY: run test tools lint bench bench-instructions
+
+## Builds and starts the service on its embedded database, ./orders.db
+run:
+	$(CARGO) run --release --bin order-service
+
+## Installs what the tests need on a bare Debian machine and runs them all
+test: tools
+	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test -- --include-ignored
+
+## grpcurl, promtool, Prometheus and PostgreSQL's server programs, where they are missing
+tools:
+	tests/install-tools.sh "$(TOOLS)"
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+
+## The rates and ratios of the README, each pair measured in one run
+bench:
+	$(CARGO) bench
+
+## Instructions and allocations per call of the metrics layer and its peers
+bench-instructions:
+	bench/instructions.sh

@@ -1,0 +1,173 @@
+//! Durable orders per second: the store's group commit against one transaction for each order, by
+//! turns in one run, on the same machine and disk, both with full durability.
+//!
+//! `cargo bench --bench group_commit`; PostgreSQL's part starts a server of its own where Debian's
+//! programs are installed.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark that cannot go on has failed")]
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use order_service::{
+    metrics::Metrics,
+    order::{Order, Quantity},
+    store::{NewOrder, Store, StoreHealth},
+};
+use sqlx::{
+    PgPool, SqlitePool,
+    postgres::PgPoolOptions,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+use tokio::{task::JoinSet, time::Instant};
+
+#[allow(dead_code, reason = "the tests use all of it")]
+#[path = "../tests/it/postgres.rs"]
+mod postgres;
+
+/// Length of a turn, and turns of each side.
+const TURN: Duration = Duration::from_secs(2);
+const TURNS: usize = 3;
+
+fn new_order() -> NewOrder {
+    NewOrder { order: Order::new("book".parse().unwrap(), Quantity::ONE), key: None }
+}
+
+/// Runs a call over and over, this many at a time, for one turn; returns calls per second.
+async fn rate<F>(callers: usize, call: impl Fn() -> F + Clone + Send + Sync + 'static) -> f64
+where
+    F: Future<Output = ()> + Send,
+{
+    let begun = Instant::now();
+    let (done, until) = (Arc::new(AtomicU64::new(0)), begun + TURN);
+    let mut tasks = JoinSet::new();
+    for _ in 0..callers {
+        let (call, done) = (call.clone(), done.clone());
+        tasks.spawn(async move {
+            while Instant::now() < until {
+                call().await;
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    tasks.join_all().await;
+    done.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64()
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates[rates.len() / 2]
+}
+
+/// Both sides by turns; prints a line.
+async fn compare<F>(
+    engine: &str,
+    url: &str,
+    callers: usize,
+    one_by_one: impl Fn() -> F + Clone + Send + Sync + 'static,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let metrics = Metrics::new("bench", "bench").unwrap();
+    let opening = Store::open(url.parse().unwrap(), 4, metrics.store.clone(), StoreHealth::new());
+    let (store, writers) = opening.await.unwrap();
+    let (mut grouped, mut single) = (Vec::new(), Vec::new());
+    for _ in 0..TURNS {
+        single.push(rate(callers, one_by_one.clone()).await);
+        let store = store.clone();
+        let place = move || {
+            let store = store.clone();
+            async move {
+                let deadline = Instant::now() + Duration::from_secs(30);
+                store.place(new_order(), deadline).await.unwrap();
+            }
+        };
+        grouped.push(rate(callers, place).await);
+    }
+    let batches = &metrics.store.batch_orders;
+    let mean_batch = batches.get_sample_sum() / batches.get_sample_count() as f64;
+    let (grouped, single) = (median(grouped), median(single));
+    println!(
+        "{engine:<10} {callers:>7} {single:>12.0} {grouped:>13.0} {:>6.1}x {mean_batch:>11.1}",
+        grouped / single
+    );
+    drop(store);
+    writers.finished().await;
+}
+
+const TABLE: &str = "CREATE TABLE one_by_one (id BLOB PRIMARY KEY, product_id TEXT NOT NULL, \
+    quantity INTEGER NOT NULL, idempotency_key TEXT UNIQUE, placed_at INTEGER NOT NULL)";
+const INSERT: &str =
+    "INSERT INTO one_by_one (id, product_id, quantity, placed_at) VALUES ($1, $2, $3, $4)";
+
+async fn sqlite_one_by_one(path: &Path) -> SqlitePool {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full);
+    // One writer is all that SQLite has.
+    let pool = SqlitePoolOptions::new().max_connections(1);
+    let pool = pool.acquire_timeout(Duration::from_secs(60)).connect_with(options).await.unwrap();
+    sqlx::query(TABLE).execute(&pool).await.unwrap();
+    pool
+}
+
+async fn postgres_one_by_one(url: &str) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(4);
+    let pool = pool.acquire_timeout(Duration::from_secs(60)).connect(url).await.unwrap();
+    let table = "CREATE TABLE one_by_one (id BYTEA PRIMARY KEY, product_id TEXT NOT NULL, \
+        quantity INT4 NOT NULL, idempotency_key TEXT UNIQUE, placed_at INT8 NOT NULL)";
+    sqlx::query(table).execute(&pool).await.unwrap();
+    pool
+}
+
+#[tokio::main]
+async fn main() {
+    println!("durable orders/s: one transaction each, group commit, ratio, mean batch");
+    println!(
+        "{:<10} {:>7} {:>12} {:>13} {:>7} {:>11}",
+        "engine", "callers", "one by one", "group commit", "ratio", "mean batch"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let pool = sqlite_one_by_one(&dir.path().join("one.db")).await;
+    let url = format!("sqlite://{}", dir.path().join("orders.db").display());
+    for callers in [64, 256, 1024] {
+        let pool = pool.clone();
+        let insert = move || {
+            let pool = pool.clone();
+            async move {
+                let NewOrder { order, .. } = new_order();
+                let query = sqlx::query(INSERT).bind(order.id.as_bytes().to_vec());
+                let query = query.bind(order.product_id.as_str()).bind(1_i64).bind(0_i64);
+                query.execute(&pool).await.unwrap();
+            }
+        };
+        compare("SQLite", &url, callers, insert).await;
+    }
+    if !Path::new("/usr/lib/postgresql").exists() {
+        println!("PostgreSQL: not measured, its server programs are not installed");
+        return;
+    }
+    let server = postgres::PostgresServer::start().await;
+    let pool = postgres_one_by_one(&server.url()).await;
+    for callers in [64, 256, 1024] {
+        let pool = pool.clone();
+        let insert = move || {
+            let pool = pool.clone();
+            async move {
+                let NewOrder { order, .. } = new_order();
+                let query = sqlx::query(INSERT).bind(order.id.as_bytes().to_vec());
+                let query = query.bind(order.product_id.as_str()).bind(1_i32).bind(0_i64);
+                query.execute(&pool).await.unwrap();
+            }
+        };
+        compare("PostgreSQL", &server.url(), callers, insert).await;
+    }
+}

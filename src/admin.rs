@@ -1,0 +1,116 @@
+//! The admin listener's routes: metrics for Prometheus, liveness and readiness for Kubernetes.
+//!
+//! Knows the registry and the store's health, nothing of orders.
+
+use axum::{
+    Router,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use http::{HeaderValue, Method, StatusCode, header};
+use prometheus::{Registry, TextEncoder};
+use tokio::sync::watch;
+use tower_http::compression::CompressionLayer;
+
+use self::scraped::Scraped;
+use crate::store::{StoreHealth, StoreStatus};
+
+mod scraped;
+
+/// How far the process is between its start and its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The store has not answered yet, or the API does not listen.
+    Starting,
+    /// The API serves.
+    Serving,
+    /// The API serves for a while yet, but wants no new clients.
+    Draining,
+    /// Every request has been answered and every order is stored: the counters are final.
+    Flushed,
+}
+
+/// What the routes tell of.
+#[derive(Debug, Clone)]
+pub struct Admin {
+    /// The metrics.
+    pub registry: Registry,
+    /// How far the process is.
+    pub stage: watch::Receiver<Stage>,
+    /// How the store is.
+    pub store: StoreHealth,
+    /// How many scrapes that were asked for after the flush were answered in full.
+    pub final_scrapes: watch::Sender<usize>,
+}
+
+/// `/metrics`, `/livez`, `/readyz`, and `/` that lists them.
+pub fn routes(admin: Admin) -> Router {
+    let metrics = get(metrics).layer(CompressionLayer::new().gzip(true));
+    let scraped = axum::middleware::from_fn_with_state(admin.clone(), note_final_scrape);
+    Router::new()
+        .route("/metrics", metrics.layer(scraped).fallback(only_reads))
+        .route("/livez", get(async || "ok\n").fallback(only_reads))
+        .route("/readyz", get(readyz).fallback(only_reads))
+        .route("/", get(async || "/metrics\n/livez\n/readyz\n").fallback(only_reads))
+        .fallback(async || (StatusCode::NOT_FOUND, "expected /metrics, /livez or /readyz\n"))
+        .with_state(admin)
+}
+
+async fn only_reads() -> Response {
+    let allow = [(header::ALLOW, HeaderValue::from_static("GET, HEAD"))];
+    (StatusCode::METHOD_NOT_ALLOWED, allow, "expected GET or HEAD\n").into_response()
+}
+
+/// The page in the text format 0.0.4. It is written off the runtime's workers, which have requests to
+/// serve.
+async fn metrics(State(admin): State<Admin>) -> Response {
+    let write = move || TextEncoder::new().encode_to_string(&admin.registry.gather());
+    match tokio::task::spawn_blocking(write).await {
+        Ok(Ok(page)) => {
+            let format = HeaderValue::from_static(prometheus::TEXT_FORMAT);
+            ([(header::CONTENT_TYPE, format)], page).into_response()
+        }
+        Ok(Err(error)) => cannot_write(&error),
+        Err(panic) => cannot_write(&panic),
+    }
+}
+
+fn cannot_write(error: &dyn std::error::Error) -> Response {
+    tracing::error!(%error, "the metrics page could not be written");
+    (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be written; see the log\n")
+        .into_response()
+}
+
+/// Counts a scrape of the final figures at the end of its body.
+async fn note_final_scrape(
+    State(admin): State<Admin>,
+    request: Request,
+    next: axum::middleware::Next,
+) -> Response {
+    let is_final = *admin.stage.borrow() == Stage::Flushed && request.method() == Method::GET;
+    let response = next.run(request).await;
+    if is_final && response.status().is_success() {
+        response.map(|page| axum::body::Body::new(Scraped::new(page, admin.final_scrapes)))
+    } else {
+        response
+    }
+}
+
+/// 200 as long as traffic is wanted. A store that fails later is told, but does not take the pod out:
+/// with a shared database that would take out all of them at once.
+async fn readyz(State(admin): State<Admin>) -> Response {
+    let unready = |why: String| (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+    let stage = *admin.stage.borrow();
+    match (stage, admin.store.status()) {
+        (Stage::Starting, StoreStatus::Opening { why: Some(why) }) => {
+            unready(format!("starting: the store has not answered yet: {why}\n"))
+        }
+        (Stage::Starting, _) => unready("starting\n".to_owned()),
+        (Stage::Draining | Stage::Flushed, _) => unready("draining\n".to_owned()),
+        (Stage::Serving, StoreStatus::Failing { why }) => {
+            format!("ok, but the store fails: {why}\n").into_response()
+        }
+        (Stage::Serving, _) => "ok\n".into_response(),
+    }
+}

@@ -1,0 +1,109 @@
+//! The API's router: both protocols' routes, health and reflection, under the one stack of layers
+//! and the one metrics layer.
+
+use std::sync::Arc;
+
+use axum::Router;
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::{Layer as _, ServiceBuilder};
+
+use crate::{
+    config::Settings,
+    grpc,
+    layers::{self, InFlight, ServedBy, UntilLeaving},
+    metrics::{
+        Metrics, MetricsError,
+        layer::{MetricsLayer, Received, Recording, Route},
+    },
+    orders::Orders,
+    proto, rest,
+    store::Store,
+};
+
+/// The names under which health answers: the process, and the service.
+pub const HEALTH_NAMES: [&str; 2] = ["", "orders.v1.OrderService"];
+
+/// Probes and tools, not business.
+const UNRECORDED: [&str; 3] = [
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+];
+
+/// Further routes on the API's port and what the metrics layer must know of them. The program has
+/// none; tests bring streams and panics.
+#[derive(Debug, Clone, Default)]
+pub struct Extra {
+    /// The routes.
+    pub routes: Router,
+    /// An encoded `FileDescriptorSet` of the gRPC services among them; may be empty.
+    pub descriptors: Vec<u8>,
+    /// The HTTP routes among them.
+    pub http: Vec<Route>,
+}
+
+/// The API, ready to be served.
+pub(crate) struct Api {
+    pub(crate) service: Received<Router>,
+    pub(crate) health: HealthReporter,
+}
+
+/// Builds the API over a store; it holds the store's queue open for as long as it lives.
+///
+/// # Errors
+/// If the metrics layer cannot be made.
+pub(crate) async fn build(
+    settings: &Settings,
+    store: Store,
+    in_flight: InFlight,
+    served_by: ServedBy,
+    metrics: &Metrics,
+    extra: Extra,
+) -> Result<Api, MetricsError> {
+    let orders = Orders::new(store, settings.processing_delay);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    for name in HEALTH_NAMES {
+        health.set_service_status(name, ServingStatus::Serving).await;
+    }
+    // Each version lists both.
+    let descriptors = [
+        proto::DESCRIPTORS,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+    ];
+    let reflection = || {
+        let builder =
+            tonic_reflection::server::Builder::configure().include_reflection_service(false);
+        descriptors.iter().fold(builder, |b, set| b.register_encoded_file_descriptor_set(set))
+    };
+    const VALID: &str = "the build made the descriptors";
+    let streams = Routes::new(health_service)
+        .add_service(reflection().build_v1().expect(VALID))
+        .add_service(reflection().build_v1alpha().expect(VALID))
+        .into_axum_router()
+        .layer(UntilLeaving);
+
+    let requests = Arc::new(metrics.requests.clone());
+    let stack = layers::stack(in_flight, settings.request_timeout, served_by, requests);
+    let recording = Recording {
+        descriptors: &[proto::DESCRIPTORS, &extra.descriptors],
+        unrecorded: &UNRECORDED,
+        routes: [rest::metered_routes(), extra.http].concat(),
+        route_of: layers::route_of,
+    };
+    let layer = MetricsLayer::new(&metrics.registry, recording)?;
+    let received = layer.received();
+    let router = Routes::new(grpc::service(orders.clone()))
+        .into_axum_router()
+        .merge(rest::routes(orders))
+        // tonic's routers answer every unknown path as gRPC; the one fallback set last is used.
+        .reset_fallback()
+        .merge(streams.reset_fallback())
+        .merge(extra.routes)
+        .fallback(layers::no_such_route)
+        // Together, since every `Router::layer` boxes the request's future and body once more.
+        .layer(ServiceBuilder::new().layer(layer).layer(stack));
+    Ok(Api { service: received.layer(router), health })
+}

@@ -1,0 +1,204 @@
+//! Puts the parts together and runs them from the first socket to the end of the drain.
+//!
+//! Listeners and the shutdown signals are arguments: only `main` touches the process.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::Router;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin::{self, Admin, Stage},
+    api::{self, Api, Extra},
+    config::Settings,
+    layers::{InFlight, ServedBy},
+    listener::{self, Limits, Phase, Tls},
+    metrics::{ConnectionMetrics, Metrics, layer::Received},
+    store::{Store, StoreHealth, Writers},
+};
+
+mod drain;
+
+/// What the process hands in.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The bound socket of the API.
+    pub api: TcpListener,
+    /// The bound socket of the admin routes.
+    pub admin: TcpListener,
+    /// TLS of the API.
+    pub tls: Option<Tls>,
+    /// Who answers.
+    pub served_by: ServedBy,
+    /// Which source the program was built from.
+    pub revision: &'static str,
+    /// When to end, and when to end at once.
+    pub signals: Signals,
+}
+
+/// The two ways in which the process is told to end.
+#[derive(Debug, Clone, Default)]
+pub struct Signals {
+    /// Drain, then end.
+    pub drain: CancellationToken,
+    /// End at once.
+    pub now: CancellationToken,
+}
+
+/// How the process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Every request was answered and every order stored.
+    Drained,
+    /// Requests were cut off, or orders of unknown outcome not resolved.
+    CutOff,
+}
+
+/// Serves until a signal comes and the drain is over.
+///
+/// # Errors
+/// If the store cannot be opened, or a listener or the store's writers end by themselves.
+pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::Result<Ended> {
+    let Inputs { api, admin, tls, served_by, revision, signals } = inputs;
+    let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), revision)?;
+    let store_health = StoreHealth::new();
+    let stage = watch::Sender::new(Stage::Starting);
+    let addresses = (api.local_addr()?, admin.local_addr()?);
+
+    // First, so that whoever waits for readiness learns why it takes so long.
+    let admin = AdminServer::start(
+        admin,
+        Admin {
+            registry: metrics.registry.clone(),
+            stage: stage.subscribe(),
+            store: store_health.clone(),
+            final_scrapes: watch::Sender::new(0),
+        },
+        settings.read_timeout,
+        ConnectionMetrics::new()?,
+    );
+    let opening = Store::open(
+        settings.database_url.clone(),
+        settings.database_pool,
+        metrics.store.clone(),
+        store_health,
+    );
+    let (store, writers) = tokio::select! {
+        opened = opening => match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                admin.stop().await;
+                return Err(error.into());
+            }
+        },
+        () = signals.drain.cancelled() => {
+            tracing::info!("told to end before the store had answered");
+            admin.stop().await;
+            return Ok(Ended::Drained);
+        }
+    };
+
+    let in_flight = InFlight::new(settings.max_in_flight);
+    metrics.requests.in_flight_limit.set(settings.max_in_flight.try_into().unwrap_or(i64::MAX));
+    let Api { service, health } =
+        api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
+            .await
+            .context("the API's metrics")?;
+    let api = ApiServer::start(api, tls, service, settings, metrics.connections.clone());
+    stage.send_replace(Stage::Serving);
+    let (api_address, admin_address) = addresses;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        revision,
+        api = %api_address,
+        admin = %admin_address,
+        database = settings.database_url.kind(),
+        "serving"
+    );
+
+    let running = Running { stage, health, in_flight, api, writers, admin };
+    running.until_drained(settings, &signals).await
+}
+
+/// Everything that is to be ended, in the order of [`drain`].
+struct Running {
+    stage: watch::Sender<Stage>,
+    health: tonic_health::server::HealthReporter,
+    in_flight: InFlight,
+    api: ApiServer,
+    writers: Writers,
+    admin: AdminServer,
+}
+
+struct ApiServer {
+    phase: watch::Sender<Phase>,
+    kill: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl ApiServer {
+    fn start(
+        socket: TcpListener,
+        tls: Option<Tls>,
+        service: Received<Router>,
+        settings: &Settings,
+        metrics: ConnectionMetrics,
+    ) -> Self {
+        let (phase, phases) = watch::channel(Phase::Serving);
+        let kill = CancellationToken::new();
+        let limits = Limits {
+            max_connections: settings.max_connections,
+            max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
+            read_timeout: settings.read_timeout,
+        };
+        let serving = listener::serve(socket, tls, service, limits, metrics, phases, kill.clone());
+        Self { phase, kill, task: tokio::spawn(serving) }
+    }
+}
+
+struct AdminServer {
+    phase: watch::Sender<Phase>,
+    kill: CancellationToken,
+    task: JoinHandle<()>,
+    final_scrapes: watch::Receiver<usize>,
+}
+
+impl AdminServer {
+    /// Room for many scrapers and people, and an end to stuck ones.
+    const MAX_CONNECTIONS: usize = 128;
+
+    /// How long the answers in flight may take at the end.
+    const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+    fn start(
+        socket: TcpListener,
+        admin: Admin,
+        read_timeout: Duration,
+        metrics: ConnectionMetrics,
+    ) -> Self {
+        let (phase, phases) = watch::channel(Phase::Serving);
+        let kill = CancellationToken::new();
+        let limits = Limits { max_connections: Self::MAX_CONNECTIONS, read_timeout, max_age: None };
+        let final_scrapes = admin.final_scrapes.subscribe();
+        let serving = listener::serve(
+            socket,
+            None,
+            admin::routes(admin),
+            limits,
+            // `connections_*` tell of the API alone.
+            metrics,
+            phases,
+            kill.clone(),
+        );
+        Self { phase, kill, task: tokio::spawn(serving), final_scrapes }
+    }
+
+    async fn stop(mut self) {
+        self.phase.send_replace(Phase::Stopping);
+        if tokio::time::timeout(Self::LAST_ANSWERS, &mut self.task).await.is_err() {
+            self.kill.cancel();
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The one stack of layers around both protocols' routes, and what its layers share.
+//!
+//! [`stack`] is read top-down: a request enters by the first line and leaves by it.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{body::Body, extract::MatchedPath};
+use http::{Extensions, HeaderMap, HeaderName, Request, Response};
+use tower::{Layer, Service, ServiceBuilder};
+
+use crate::{
+    error::Error,
+    metrics::{Protocol, RequestMetrics},
+    wire,
+};
+
+mod context;
+mod deadline;
+mod recover;
+mod shed;
+mod speaks;
+mod until_leaving;
+
+use self::{
+    context::ContextLayer, deadline::DeadlineLayer, recover::RecoverLayer, shed::ShedLayer,
+    speaks::SpeaksLayer,
+};
+pub use self::{
+    context::ServedBy, deadline::Deadline, shed::InFlight, until_leaving::UntilLeaving,
+};
+
+/// The name under which a request is found in the logs of every system that it passed.
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The whole stack but for the metrics layer, which goes around it. To be applied with
+/// `Router::layer`, last, so that the route is known and fallbacks are covered.
+pub fn stack<S>(
+    in_flight: InFlight,
+    request_timeout: Duration,
+    served_by: ServedBy,
+    metrics: Arc<RequestMetrics>,
+) -> impl Layer<S, Service = impl ApiService> + Clone
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+{
+    ServiceBuilder::new()
+        // Names the request, and logs every failure of what is inside under that name.
+        .layer(ContextLayer::new(served_by, metrics.clone()))
+        // Turns panics and the errors of the layers below into answers in the caller's protocol.
+        .layer(RecoverLayer::new(metrics))
+        // Before any work: whoever is one too many learns it at once.
+        .layer(ShedLayer(in_flight))
+        .layer(DeadlineLayer::new(request_timeout))
+        // gRPC on REST's routes, and the other way round.
+        .layer(SpeaksLayer)
+}
+
+/// The service that [`stack`] makes of a router's routes.
+pub trait ApiService:
+    Service<
+        Request<Body>,
+        Response = Response<recover::Recovered<shed::Held>>,
+        Error = Infallible,
+        Future: Send,
+    > + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<S> ApiService for S where
+    S: Service<
+            Request<Body>,
+            Response = Response<recover::Recovered<shed::Held>>,
+            Error = Infallible,
+            Future: Send,
+        > + Clone
+        + Send
+        + Sync
+        + 'static
+{
+}
+
+/// Which protocol a request speaks.
+pub fn protocol(headers: &HeaderMap) -> Protocol {
+    if wire::is_grpc(headers) { Protocol::Grpc } else { Protocol::Http }
+}
+
+/// Health and reflection are neither shed nor timed: an orchestrator must learn that an overloaded
+/// server lives, and their streams have no end of their own.
+fn is_exempt(path: &str) -> bool {
+    path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection.")
+}
+
+/// The template of the route that a request matched, as the metrics layer wants to know it.
+pub fn route_of(extensions: &Extensions) -> Option<&str> {
+    extensions.get::<MatchedPath>().map(MatchedPath::as_str)
+}
+
+/// The answer to a path that nothing is served on.
+pub async fn no_such_route(headers: HeaderMap) -> Response<Body> {
+    Error::NoSuchRoute.into_answer(protocol(&headers))
+}

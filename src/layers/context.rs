@@ -1,0 +1,221 @@
+//! Gives every request its id and tells who served it; logs every failed request once, with both
+//! the id and the caller's trace.
+
+use std::{
+    convert::Infallible,
+    fmt::Display,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use http::{HeaderName, HeaderValue, Method, Request, Response, Uri};
+use pin_project_lite::pin_project;
+use tonic::{Code, Status};
+use tower::{Layer, Service};
+use tracing::Level;
+use uuid::Uuid;
+
+use super::{X_REQUEST_ID, protocol};
+use crate::{
+    error::Error,
+    metrics::{Protocol, RequestMetrics},
+};
+
+const X_SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
+/// W3C Trace Context.
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// Longest id of a caller's that is kept, in bytes.
+const MAX_ID: usize = 128;
+
+/// The id of a request, in its extensions.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(pub(super) HeaderValue);
+
+/// Which process answers: the value of `x-served-by`.
+#[derive(Debug, Clone)]
+pub struct ServedBy(HeaderValue);
+
+impl ServedBy {
+    /// `host:process`. Characters of the host name that no header may hold become `?`.
+    pub fn new(host: &str, process: u32) -> Self {
+        let visible = |c: char| if c.is_ascii_graphic() { c } else { '?' };
+        let text = format!("{}:{process}", host.chars().map(visible).collect::<String>());
+        Self(text.try_into().expect("visible ASCII makes a header value"))
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct ContextLayer {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    served_by: ServedBy,
+    metrics: Arc<RequestMetrics>,
+}
+
+impl ContextLayer {
+    pub(super) fn new(served_by: ServedBy, metrics: Arc<RequestMetrics>) -> Self {
+        Self { shared: Arc::new(Shared { served_by, metrics }) }
+    }
+}
+
+impl<S> Layer<S> for ContextLayer {
+    type Service = WithContext<S>;
+
+    fn layer(&self, inner: S) -> WithContext<S> {
+        WithContext { inner, shared: self.shared.clone() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct WithContext<S> {
+    inner: S,
+    shared: Arc<Shared>,
+}
+
+impl<S, B, R> Service<Request<B>> for WithContext<S>
+where
+    S: Service<Request<B>, Response = Response<R>, Error = Infallible>,
+{
+    type Response = Response<R>;
+    type Error = Infallible;
+    type Future = ContextFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let id = request_id(request.headers().get(X_REQUEST_ID));
+        request.extensions_mut().insert(RequestId(id.clone()));
+        let call = Call {
+            id,
+            protocol: protocol(request.headers()),
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            traceparent: request.headers().get(TRACEPARENT).cloned(),
+        };
+        // The span is for those who debug: to make one costs more than all of the stack. The line of
+        // a failed request carries the same by itself.
+        let span = tracing::debug_span!("request", request_id = shown(Some(&call.id)));
+        let inner = span.in_scope(|| self.inner.call(request));
+        ContextFuture { inner, span, call, shared: self.shared.clone() }
+    }
+}
+
+/// The caller's, if it is one that can be logged, else a new one.
+fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
+    let usable = |id: &&HeaderValue| {
+        (1..=MAX_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+    };
+    given.filter(usable).cloned().unwrap_or_else(|| {
+        let mut text = [0; uuid::fmt::Simple::LENGTH];
+        let text = Uuid::now_v7().simple().encode_lower(&mut text);
+        HeaderValue::from_str(text).expect("hexadecimal digits make a header value")
+    })
+}
+
+fn shown(value: Option<&HeaderValue>) -> &str {
+    value.and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
+/// What the log tells of a request.
+#[derive(Debug)]
+struct Call {
+    id: HeaderValue,
+    protocol: Protocol,
+    method: Method,
+    uri: Uri,
+    traceparent: Option<HeaderValue>,
+}
+
+pin_project! {
+    pub(super) struct ContextFuture<F> {
+        #[pin]
+        inner: F,
+        span: tracing::Span,
+        call: Call,
+        shared: Arc<Shared>,
+    }
+}
+
+impl<F, R> Future for ContextFuture<F>
+where
+    F: Future<Output = Result<Response<R>, Infallible>>,
+{
+    type Output = Result<Response<R>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let _entered = this.span.enter();
+        let Ok(mut response) = ready!(this.inner.poll(cx));
+        record_failure(this.call, &response, &this.shared.metrics);
+        let headers = response.headers_mut();
+        headers.insert(X_REQUEST_ID, this.call.id.clone());
+        headers.insert(X_SERVED_BY, this.shared.served_by.0.clone());
+        Poll::Ready(Ok(response))
+    }
+}
+
+/// One line for a failed request; a shed one is counted, too. Errors that come by the thousand while
+/// an outage or an overload lasts are for `debug`: their begin and end are logged where they are
+/// noticed, their number is in the metrics.
+fn record_failure<R>(call: &Call, response: &Response<R>, metrics: &RequestMetrics) {
+    let extensions = response.extensions();
+    if let Some(error) = extensions.get::<Arc<Error>>() {
+        return record_error(call, response.status().as_u16(), error, metrics);
+    }
+    let Some(status) = extensions.get::<Status>().filter(|status| status.code() != Code::Ok) else {
+        return;
+    };
+    let source = std::error::Error::source(status).and_then(<dyn std::error::Error>::downcast_ref);
+    match source {
+        Some(error) => record_error(call, format_args!("{:?}", status.code()), error, metrics),
+        // tonic's own: a message that cannot be decoded, an unknown method.
+        None => log(Level::INFO, call, format_args!("{:?}", status.code()), status.message()),
+    }
+}
+
+fn record_error(call: &Call, code: impl Display, error: &Error, metrics: &RequestMetrics) {
+    let level = match error {
+        Error::Internal(_) => Level::ERROR,
+        Error::DeadlineExceeded => Level::WARN,
+        Error::Shed(reason) => {
+            metrics.shed(call.protocol, *reason).inc();
+            Level::DEBUG
+        }
+        Error::StoreUnavailable => Level::DEBUG,
+        _ => Level::INFO,
+    };
+    match error.cause() {
+        Some(cause) => log(level, call, code, cause),
+        None => log(level, call, code, error),
+    }
+}
+
+fn log(level: Level, call: &Call, code: impl Display, cause: impl Display) {
+    macro_rules! line {
+        ($level:ident) => {
+            tracing::$level!(
+                request_id = shown(Some(&call.id)),
+                traceparent = shown(call.traceparent.as_ref()),
+                protocol = call.protocol.as_str(),
+                method = %call.method,
+                path = call.uri.path(),
+                %code,
+                %cause,
+                "request failed"
+            )
+        };
+    }
+    match level {
+        Level::ERROR => line!(error),
+        Level::WARN => line!(warn),
+        Level::INFO => line!(info),
+        _ => line!(debug),
+    }
+}

@@ -1,0 +1,187 @@
+//! Turns what the layers below could not answer, panics included, into an answer in the caller's
+//! protocol; other calls on the connection notice nothing. A body that panics ends with the same
+//! status in its trailers, or, over HTTP, by breaking off.
+
+use std::{
+    convert::Infallible,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response};
+use http_body::{Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tonic::Status;
+use tower::{Layer, Service};
+
+use super::{context::RequestId, protocol};
+use crate::{
+    error::Error,
+    metrics::{Protocol, RequestMetrics},
+    panics,
+};
+
+#[derive(Debug, Clone)]
+pub(super) struct RecoverLayer {
+    metrics: Arc<RequestMetrics>,
+}
+
+impl RecoverLayer {
+    pub(super) fn new(metrics: Arc<RequestMetrics>) -> Self {
+        Self { metrics }
+    }
+}
+
+impl<S> Layer<S> for RecoverLayer {
+    type Service = Recover<S>;
+
+    fn layer(&self, inner: S) -> Recover<S> {
+        Recover { inner, metrics: self.metrics.clone() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Recover<S> {
+    inner: S,
+    metrics: Arc<RequestMetrics>,
+}
+
+impl<S, B, R> Service<Request<B>> for Recover<S>
+where
+    S: Service<Request<B>, Response = Response<R>, Error = Error>,
+    R: From<Body>,
+{
+    type Response = Response<Recovered<R>>;
+    type Error = Infallible;
+    type Future = RecoverFuture<S::Future>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        // The layers below and the routes are always ready: they shed rather than wait.
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let protocol = protocol(request.headers());
+        let id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
+        let watch = Watch { protocol, id, metrics: self.metrics.clone() };
+        // A handler may panic before there is a future of it.
+        match watch.run(|| self.inner.call(request)) {
+            Ok(inner) => RecoverFuture::Called { inner, watch: Some(watch) },
+            Err(error) => RecoverFuture::Panicked { error: Some(error), watch: Some(watch) },
+        }
+    }
+}
+
+/// Runs pieces of one request and tells of a panic in them, once: a counted one, logged by the
+/// context layer with the cause that the error carries.
+#[derive(Debug)]
+struct Watch {
+    protocol: Protocol,
+    id: Option<HeaderValue>,
+    metrics: Arc<RequestMetrics>,
+}
+
+impl Watch {
+    /// A panicking piece is never run again, so that no state it left half-done is seen.
+    fn run<T>(&self, piece: impl FnOnce() -> T) -> Result<T, Error> {
+        panics::contained(|| catch_unwind(AssertUnwindSafe(piece))).map_err(|panic| {
+            self.metrics.panics(self.protocol).inc();
+            Error::Internal(panic)
+        })
+    }
+}
+
+pin_project! {
+    #[project = RecoverProjection]
+    pub(super) enum RecoverFuture<F> {
+        Called { #[pin] inner: F, watch: Option<Watch> },
+        Panicked { error: Option<Error>, watch: Option<Watch> },
+    }
+}
+
+impl<F, R> Future for RecoverFuture<F>
+where
+    F: Future<Output = Result<Response<R>, Error>>,
+    R: From<Body>,
+{
+    type Output = Result<Response<Recovered<R>>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        const ONCE: &str = "a future is not polled after its end";
+        let (result, watch) = match self.project() {
+            RecoverProjection::Called { inner, watch } => {
+                let running = watch.as_ref().expect(ONCE);
+                let result = match running.run(|| inner.poll(cx)) {
+                    Ok(polled) => ready!(polled),
+                    Err(error) => Err(error),
+                };
+                (result, watch.take().expect(ONCE))
+            }
+            RecoverProjection::Panicked { error, watch } => {
+                (Err(error.take().expect(ONCE)), watch.take().expect(ONCE))
+            }
+        };
+        let response =
+            result.unwrap_or_else(|error| error.into_answer(watch.protocol).map(R::from));
+        Poll::Ready(Ok(response.map(|inner| Recovered { inner, watch, over: false })))
+    }
+}
+
+pin_project! {
+    /// A response's body that ends in order even if it panics.
+    pub struct Recovered<B> {
+        #[pin]
+        inner: B,
+        watch: Watch,
+        over: bool,
+    }
+}
+
+impl<B> http_body::Body for Recovered<B>
+where
+    B: http_body::Body<Data = Bytes, Error = axum::Error>,
+{
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = self.project();
+        if *this.over {
+            return Poll::Ready(None);
+        }
+        let error = match this.watch.run(|| this.inner.poll_frame(cx)) {
+            Ok(polled) => return polled,
+            Err(error) => error,
+        };
+        *this.over = true;
+        let request_id = this.watch.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
+        let cause = error.cause().unwrap_or_default();
+        tracing::error!(request_id, cause, "a response broke off");
+        Poll::Ready(Some(match this.watch.protocol {
+            Protocol::Grpc => Ok(Frame::trailers(trailers(error))),
+            Protocol::Http => Err(axum::Error::new(error)),
+        }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.over || self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// The trailers of an error: the headers of its answer without a body.
+fn trailers(error: Error) -> http::HeaderMap {
+    let mut trailers = Status::from(error).into_http::<()>().into_parts().0.headers;
+    trailers.remove(http::header::CONTENT_TYPE);
+    trailers
+}

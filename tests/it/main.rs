@@ -1,0 +1,18 @@
+//! The service as its users see it: real processes, real sockets, real database files. One module
+//! for each behaviour.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod connections;
+mod discovery;
+mod drain;
+mod durability;
+mod errors;
+mod metrics;
+mod place;
+mod postgres;
+mod prometheus;
+mod readme;
+mod store;
+mod support;
+mod tls;
+mod usage;

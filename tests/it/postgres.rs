@@ -1,0 +1,129 @@
+//! A PostgreSQL server of a test's own: Debian's programs, a private data directory and port, ended
+//! with the test.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+use tempfile::TempDir;
+
+pub const PASSWORD: &str = "s3cret";
+
+/// A running server.
+pub struct PostgresServer {
+    dir: TempDir,
+    pub port: u16,
+}
+
+impl PostgresServer {
+    /// Makes a server and starts it.
+    pub async fn start() -> Self {
+        let server = Self::make();
+        server.run();
+        server
+    }
+
+    /// Makes a server that does not run yet.
+    pub fn make() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let password = dir.path().join("password");
+        fs::write(&password, PASSWORD).unwrap();
+        if is_root() {
+            let owned = Command::new("chown").args(["-R", "postgres"]).arg(dir.path()).status();
+            assert!(owned.unwrap().success());
+        }
+        let server = Self { dir, port };
+        let password = password.to_str().unwrap();
+        let data = server.data();
+        server.program(
+            "initdb",
+            &[
+                "-D",
+                &data,
+                "-U",
+                "postgres",
+                "-A",
+                "scram-sha-256",
+                "--pwfile",
+                password,
+                "--no-sync",
+                "-E",
+                "UTF8",
+                "--no-locale",
+            ],
+        );
+        server
+    }
+
+    fn data(&self) -> String {
+        self.dir.path().join("data").to_str().unwrap().to_owned()
+    }
+
+    pub fn run(&self) {
+        let options = format!(
+            "-p {} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=30",
+            self.port
+        );
+        let log = self.dir.path().join("log");
+        let data = self.data();
+        self.program(
+            "pg_ctl",
+            &["-D", &data, "-w", "-l", log.to_str().unwrap(), "-o", &options, "start"],
+        );
+    }
+
+    /// Ends the server as a crash would, without a word to its clients.
+    pub fn stop_immediately(&self) {
+        let data = self.data();
+        self.program("pg_ctl", &["-D", &data, "-w", "-m", "immediate", "stop"]);
+    }
+
+    pub fn url(&self) -> String {
+        self.url_at(self.port)
+    }
+
+    pub fn url_at(&self, port: u16) -> String {
+        format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}/postgres")
+    }
+
+    /// Runs one of the server's programs, as a user who is not root.
+    fn program(&self, name: &str, args: &[&str]) -> Output {
+        let program = server_programs().join(name);
+        let mut command = if is_root() {
+            let mut command = Command::new("runuser");
+            command.args(["-u", "postgres", "--"]).arg(program);
+            command
+        } else {
+            Command::new(program)
+        };
+        let output = command.args(args).current_dir(self.dir.path()).output().unwrap();
+        assert!(output.status.success(), "{name} {args:?}: {output:?}");
+        output
+    }
+}
+
+impl Drop for PostgresServer {
+    fn drop(&mut self) {
+        if fs::exists(self.dir.path().join("data/postmaster.pid")).unwrap_or(false) {
+            self.stop_immediately();
+        }
+    }
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Debian's newest.
+fn server_programs() -> PathBuf {
+    let mut versions: Vec<_> = fs::read_dir("/usr/lib/postgresql")
+        .expect("Debian's package postgresql is installed")
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    versions.sort();
+    versions.pop().expect("a version of PostgreSQL").join("bin")
+}
