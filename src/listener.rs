@@ -29,6 +29,7 @@ use crate::metrics::ConnectionMetrics;
 
 mod connection;
 mod io_watch;
+mod plan;
 mod requests;
 mod tls;
 

@@ -1,15 +1,7 @@
 //! One connection, from the handshake to its end.
 
 use std::{
-    convert::Infallible,
-    error::Error,
-    future::poll_fn,
-    pin::pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::Poll,
+    convert::Infallible, error::Error, future::poll_fn, pin::pin, sync::Arc, task::Poll,
     time::Duration,
 };
 
@@ -22,20 +14,20 @@ use hyper_util::{
     server::conn::auto::Builder,
 };
 use prometheus::IntGauge;
-use rand::RngExt as _;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::watch,
-    time::{Instant, sleep_until, timeout},
+    time::{sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
 
 use super::{
-    Limits, Phase, ResponseLimit, Tls,
+    Limits, Phase, Tls,
     io_watch::Watched,
-    requests::{InFlight, Requests, Streams},
+    plan::{Act, Plan, State},
+    requests::{Requests, Streams},
 };
 use crate::metrics::ConnectionMetrics;
 
@@ -57,16 +49,6 @@ const WINDOWS: (u32, u32) = (128 * 1024, 1024 * 1024);
 /// What is written to a peer that does not read, for one stream.
 const SEND_BUFFER: usize = 128 * 1024;
 
-/// How long after its age a connection may last.
-const OVERTIME: Duration = Duration::from_secs(30);
-
-/// When all is to stop: how long a connection without a request in flight may take to notice, or to
-/// send what is on its way.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// The same for an idle HTTP/1 connection, which does not end by itself.
-const IDLE_GRACE: Duration = Duration::from_millis(100);
-
 /// What all connections of a listener share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -75,87 +57,6 @@ pub(super) struct Shared {
     pub(super) tls: Option<Tls>,
     pub(super) kill: CancellationToken,
     pub(super) tracker: TaskTracker,
-}
-
-/// What the parts of one connection tell each other.
-#[derive(Debug)]
-pub(super) struct State {
-    /// Whether responses of HTTP/1 are to say `connection: close`.
-    closing: AtomicBool,
-    write_blocked: AtomicBool,
-    pub(super) leaving: CancellationToken,
-    now: Mutex<Now>,
-}
-
-/// What is going on.
-#[derive(Debug)]
-struct Now {
-    /// `None` before the first request.
-    http1: Option<bool>,
-    in_flight: usize,
-    /// Since when nothing is in flight; meaningless while something is.
-    idle_since: Instant,
-    /// When the first bytes of a head came that has not yet arrived whole: HTTP/1 only.
-    head_since: Option<Instant>,
-    /// The limit of the last request.
-    limit: Option<ResponseLimit>,
-}
-
-impl State {
-    fn new() -> Self {
-        let now = Now {
-            http1: None,
-            in_flight: 0,
-            idle_since: Instant::now(),
-            head_since: None,
-            limit: None,
-        };
-        Self {
-            closing: AtomicBool::new(false),
-            write_blocked: AtomicBool::new(false),
-            leaving: CancellationToken::new(),
-            now: Mutex::new(now),
-        }
-    }
-
-    fn now(&self) -> MutexGuard<'_, Now> {
-        // No code can panic while it holds the lock.
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn bytes_came(&self) {
-        let mut now = self.now();
-        if now.http1 == Some(true) && now.in_flight == 0 && now.head_since.is_none() {
-            now.head_since = Some(Instant::now());
-        }
-    }
-
-    pub(super) fn set_write_blocked(&self, blocked: bool) {
-        self.write_blocked.store(blocked, Ordering::Relaxed);
-    }
-
-    pub(super) fn request_came(self: &Arc<Self>, http1: bool, limit: ResponseLimit) -> InFlight {
-        let mut now = self.now();
-        now.http1 = Some(http1);
-        now.in_flight += 1;
-        now.head_since = None;
-        now.limit = Some(limit);
-        InFlight(self.clone())
-    }
-
-    pub(super) fn request_ended(&self) {
-        let mut now = self.now();
-        now.in_flight -= 1;
-        now.idle_since = Instant::now();
-    }
-
-    pub(super) fn take_limit(&self) -> Option<ResponseLimit> {
-        self.now().limit.take()
-    }
-
-    pub(super) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Relaxed)
-    }
 }
 
 /// Serves one connection to its end.
@@ -278,136 +179,6 @@ async fn serve<I, S, B>(
 enum Step {
     Ended,
     Due,
-}
-
-enum Act {
-    Nothing,
-    /// hyper's graceful shutdown: GOAWAY, or the end after the response under way.
-    GoAway,
-    /// Close, the first request or a head having taken too long.
-    Refuse,
-    Close,
-}
-
-/// When what is to be done with a connection, whatever its peer does.
-struct Plan {
-    state: Arc<State>,
-    read_timeout: Duration,
-    begun: Instant,
-    /// When to ask the connection to go.
-    leave: Option<Instant>,
-    /// When to close it for good.
-    close: Option<Instant>,
-    stopping: bool,
-    stopping_since: Instant,
-    /// Whether hyper was told.
-    told: bool,
-}
-
-impl Plan {
-    fn new(limits: Limits, state: Arc<State>) -> Self {
-        let begun = Instant::now();
-        let age = limits.max_age.map(|age| age.mul_f64(rand::rng().random_range(0.9..1.1)));
-        Self {
-            state,
-            read_timeout: limits.read_timeout,
-            begun,
-            leave: age.map(|age| begun + age),
-            close: age.map(|age| begun + age + OVERTIME),
-            stopping: false,
-            stopping_since: begun,
-            told: false,
-        }
-    }
-
-    fn follow(&mut self, phase: Phase) {
-        let now = Instant::now();
-        match phase {
-            Phase::Serving => {}
-            Phase::Leaving { until } => {
-                self.state.closing.store(true, Ordering::Relaxed);
-                let spread = until.saturating_duration_since(now);
-                let at = now + spread.mul_f64(rand::rng().random_range(0.0..1.0));
-                self.leave = Some(self.leave.map_or(at, |leave| leave.min(at)));
-            }
-            Phase::Stopping => {
-                self.leave = Some(now);
-                self.stopping = true;
-                self.stopping_since = now;
-            }
-        }
-    }
-
-    /// When to look again.
-    fn due(&self) -> Instant {
-        let now = self.state.now();
-        let mut due = self.begun + Duration::from_secs(86_400);
-        let mut at = |instant: Option<Instant>| due = due.min(instant.unwrap_or(due));
-        at(self.too_late(&now));
-        at(self.unread(&now));
-        at(self.leave);
-        at(self.close);
-        at(self.last_words(&now));
-        due
-    }
-
-    /// By when the first request, or a head that has begun, must have arrived.
-    fn too_late(&self, now: &Now) -> Option<Instant> {
-        match now.http1 {
-            None => Some(self.begun + self.read_timeout),
-            Some(_) => now.head_since.map(|since| since + self.read_timeout),
-        }
-    }
-
-    /// By when an HTTP/1 response must have been read; HTTP/2's streams have timers of their own.
-    fn unread(&self, now: &Now) -> Option<Instant> {
-        let pending = now.in_flight > 0 || self.state.write_blocked.load(Ordering::Relaxed);
-        let limit = if pending && now.http1 == Some(true) { now.limit.as_ref() } else { None };
-        limit.and_then(ResponseLimit::get)
-    }
-
-    /// When everything stops: by when a connection with nothing in flight must have ended.
-    fn last_words(&self, now: &Now) -> Option<Instant> {
-        let blocked = self.state.write_blocked.load(Ordering::Relaxed);
-        if !self.stopping || now.in_flight > 0 || blocked {
-            return None;
-        }
-        let idle_http1 = now.http1 == Some(true) && now.head_since.is_none();
-        let grace = if idle_http1 { IDLE_GRACE } else { LAST_WORDS };
-        Some(self.stopping_since.max(now.idle_since) + grace)
-    }
-
-    /// Whether an HTTP/2 connection that is asked to go has yet to be told.
-    fn goaway_is_due(&self) -> bool {
-        let asked = self.state.leaving.is_cancelled();
-        asked && !self.told && self.state.now().http1 == Some(false)
-    }
-
-    /// What is to be done now.
-    fn act(&mut self) -> Act {
-        let at = Instant::now();
-        let past = |instant: Option<Instant>| instant.is_some_and(|instant| instant <= at);
-        let state = self.state.clone();
-        let now = state.now();
-        if past(self.too_late(&now)) {
-            return Act::Refuse;
-        }
-        if past(self.unread(&now)) || past(self.close) || past(self.last_words(&now)) {
-            return Act::Close;
-        }
-        if past(self.leave) {
-            self.leave = None;
-            state.closing.store(true, Ordering::Relaxed);
-            state.leaving.cancel();
-        }
-        // An HTTP/1 connection leaves by its next response, and one that has sent nothing yet may be
-        // sending its first request.
-        if state.leaving.is_cancelled() && !self.told && now.http1 == Some(false) {
-            self.told = true;
-            return Act::GoAway;
-        }
-        Act::Nothing
-    }
 }
 
 fn builder(streams: Streams) -> Builder<Streams> {

@@ -10,7 +10,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::connection::State;
+use super::plan::State;
 
 pin_project! {
     pub(super) struct Watched<I> {

@@ -17,7 +17,7 @@ use tokio::time::{Sleep, sleep_until};
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
-use super::{Leaving, ResponseLimit, connection::State};
+use super::{Leaving, ResponseLimit, plan::State};
 
 /// The service of one connection.
 pub(super) struct Requests<S> {

@@ -180,7 +180,7 @@ async fn an_old_http_2_connection_finishes_its_calls_and_goes() {
 
 #[tokio::test]
 async fn peers_that_do_not_read_free_their_permits_at_the_time_limit() {
-    let args = ["--max-in-flight", "64", "--request-timeout", "300ms"];
+    let args = ["--max-in-flight", "64", "--request-timeout", "3s"];
     let server = Process::start("sqlite::memory:", &args).await;
     let mut builder = h2::client::Builder::new();
     builder.initial_window_size(0);

@@ -2,11 +2,14 @@
 //! for each behaviour.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod admin;
 mod connections;
+mod database;
 mod discovery;
 mod drain;
 mod durability;
 mod errors;
+mod in_process;
 mod metrics;
 mod place;
 mod postgres;

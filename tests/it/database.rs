@@ -1,0 +1,146 @@
+//! Stores opened in this process, over each database there is.
+
+use order_service::{
+    config::DatabaseUrl,
+    metrics::Metrics,
+    order::{Order, Placed, Quantity},
+    store::{NewOrder, Store, StoreError, StoreHealth, Writers},
+};
+use sqlx::{AnyConnection, Connection as _, Executor as _};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use crate::{
+    postgres::PostgresServer,
+    support::{PATIENCE, database_in},
+};
+
+/// A database of a test's own.
+pub enum Database {
+    File(TempDir),
+    Memory,
+    Postgres(PostgresServer),
+}
+
+impl Database {
+    pub fn file() -> Self {
+        Self::File(tempfile::tempdir().unwrap())
+    }
+
+    pub fn memory() -> Self {
+        Self::Memory
+    }
+
+    pub async fn postgres() -> Self {
+        Self::Postgres(PostgresServer::start().await)
+    }
+
+    pub fn url(&self) -> String {
+        match self {
+            Self::File(dir) => database_in(dir.path()),
+            Self::Memory => "sqlite::memory:".to_owned(),
+            Self::Postgres(server) => server.url(),
+        }
+    }
+
+    /// A connection beside the store's.
+    pub async fn connect(&self) -> AnyConnection {
+        sqlx::any::install_default_drivers();
+        AnyConnection::connect(&self.url()).await.unwrap()
+    }
+
+    /// A connection that keeps everybody else from writing.
+    pub async fn lock(&self) -> AnyConnection {
+        let mut connection = self.connect().await;
+        let lock = match self {
+            Self::Postgres(_) => "BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE",
+            _ => "BEGIN IMMEDIATE",
+        };
+        connection.execute(lock).await.unwrap();
+        connection
+    }
+
+    pub async fn open(&self) -> Opened {
+        Opened::new(&self.url()).await.unwrap()
+    }
+}
+
+/// An open store, its writers, and what it records.
+pub struct Opened {
+    pub store: Store,
+    pub writers: Writers,
+    pub metrics: Metrics,
+    pub health: StoreHealth,
+}
+
+impl Opened {
+    pub async fn new(url: &str) -> Result<Self, String> {
+        let url: DatabaseUrl = url.parse().unwrap();
+        let metrics = Metrics::new("0", "0").unwrap();
+        let health = StoreHealth::new();
+        let opened = Store::open(url, 4, metrics.store.clone(), health.clone()).await;
+        let (store, writers) = opened.map_err(|error| error.to_string())?;
+        Ok(Self { store, writers, metrics, health })
+    }
+
+    pub fn placed(&self) -> u64 {
+        self.metrics.store.placed.get()
+    }
+
+    pub async fn all(&self) -> Vec<Order> {
+        self.store.list(None, 1_000_000, later()).await.unwrap()
+    }
+
+    /// Waits until no order waits for a writer.
+    pub async fn queue_is_empty(&self) {
+        until(|| self.metrics.store.queue_orders.get() == 0).await;
+    }
+
+    pub async fn close(self) {
+        drop(self.store);
+        tokio::time::timeout(PATIENCE, self.writers.finished()).await.expect("the writers end");
+    }
+}
+
+pub fn new(product: &str, key: Option<&str>) -> NewOrder {
+    let order = Order::new(product.parse().unwrap(), Quantity::ONE);
+    NewOrder { order, key: key.map(|key| key.parse().unwrap()) }
+}
+
+pub fn later() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+/// Waits until a condition holds.
+pub async fn until(condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.expect("it comes to that");
+}
+
+/// Starts a call, and returns once a writer has its order.
+pub async fn taken(
+    opened: &Opened,
+    order: NewOrder,
+    deadline: Instant,
+) -> tokio::task::JoinHandle<Result<Placed, StoreError>> {
+    let store = opened.store.clone();
+    let before = opened.metrics.store.queue_orders.get();
+    let (queued, is_queued) = tokio::sync::oneshot::channel();
+    let call = tokio::spawn(async move {
+        let mut place = std::pin::pin!(store.place(order, deadline));
+        // The first poll puts the order into the queue.
+        let first = futures_util::poll!(place.as_mut());
+        let _ = queued.send(());
+        match first {
+            std::task::Poll::Ready(result) => result,
+            std::task::Poll::Pending => place.await,
+        }
+    });
+    is_queued.await.unwrap();
+    until(|| opened.metrics.store.queue_orders.get() <= before).await;
+    call
+}
