@@ -312,7 +312,7 @@ async fn a_full_queue_sheds_too() {
 #[tokio::test]
 async fn a_store_that_cannot_be_written_is_unavailable() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Process::start_in(dir.path(), &["--request-timeout", "300ms"]).await;
+    let server = Process::start_in(dir.path(), &["--request-timeout", "1s"]).await;
     let mut grpc = server.grpc().await;
     let locked = lock(dir.path()).await;
 

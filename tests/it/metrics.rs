@@ -22,7 +22,7 @@ use crate::{
 
 #[tokio::test]
 async fn unary_calls_are_recorded_by_their_status() {
-    let server = InProcess::start(&["--request-timeout", "500ms"]).await;
+    let server = InProcess::start(&[]).await;
     let mut grpc = server.grpc().await;
     let keyed = |product: &str| PlaceRequest { idempotency_key: "k".into(), ..place(product) };
     server.records_grpc("Place", "OK", grpc.place(keyed("book"))).await;
@@ -114,7 +114,7 @@ async fn cancelled_calls_are_recorded() {
 
 #[tokio::test]
 async fn http_requests_are_recorded_by_route_method_and_code() {
-    let server = InProcess::start(&["--request-timeout", "300ms"]).await;
+    let server = InProcess::start(&[]).await;
     let client = Client::new();
     let send = |method: Method, path: &str| client.request(method, server.url(path)).send();
     let post = |body: String| {
