@@ -98,7 +98,7 @@ async fn compare<F>(
         grouped / single
     );
     drop(store);
-    writers.finished().await;
+    writers.finished().await.expect("every order is settled");
 }
 
 const TABLE: &str = "CREATE TABLE one_by_one (id BLOB PRIMARY KEY, product_id TEXT NOT NULL, \

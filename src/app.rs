@@ -14,7 +14,7 @@ use crate::{
     api::{self, Api, Extra},
     config::Settings,
     layers::{InFlight, ServedBy},
-    listener::{self, Limits, Phase, Tls},
+    listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
     metrics::{ConnectionMetrics, Metrics, layer::Received},
     store::{Store, StoreHealth, Writers},
 };
@@ -68,7 +68,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
     let addresses = (api.local_addr()?, admin.local_addr()?);
 
     // First, so that whoever waits for readiness learns why it takes so long.
-    let admin = AdminServer::start(
+    let mut admin = AdminServer::start(
         admin,
         Admin {
             registry: metrics.registry.clone(),
@@ -118,7 +118,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
         "serving"
     );
 
-    let running = Running { stage, health, in_flight, api, writers, admin };
+    let running = Running { stage, health, in_flight, api, writers: Some(writers), admin };
     running.until_drained(settings, &signals).await
 }
 
@@ -128,12 +128,14 @@ struct Running {
     health: tonic_health::server::HealthReporter,
     in_flight: InFlight,
     api: ApiServer,
-    writers: Writers,
+    /// `None` once the drain has come to them.
+    writers: Option<Writers>,
     admin: AdminServer,
 }
 
 struct ApiServer {
     phase: watch::Sender<Phase>,
+    closed: CancellationToken,
     kill: CancellationToken,
     task: JoinHandle<()>,
 }
@@ -146,15 +148,17 @@ impl ApiServer {
         settings: &Settings,
         metrics: ConnectionMetrics,
     ) -> Self {
-        let (phase, phases) = watch::channel(Phase::Serving);
-        let kill = CancellationToken::new();
+        let (phase, shutdown) = Shutdown::new();
+        let (closed, kill) = (shutdown.closed.clone(), shutdown.kill.clone());
         let limits = Limits {
             max_connections: settings.max_connections,
             max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
+            overtime: OVERTIME,
             read_timeout: settings.read_timeout,
+            keep_alive: KEEP_ALIVE,
         };
-        let serving = listener::serve(socket, tls, service, limits, metrics, phases, kill.clone());
-        Self { phase, kill, task: tokio::spawn(serving) }
+        let serving = listener::serve(socket, tls, service, limits, metrics, shutdown);
+        Self { phase, closed, kill, task: tokio::spawn(serving) }
     }
 }
 
@@ -178,9 +182,15 @@ impl AdminServer {
         read_timeout: Duration,
         metrics: ConnectionMetrics,
     ) -> Self {
-        let (phase, phases) = watch::channel(Phase::Serving);
-        let kill = CancellationToken::new();
-        let limits = Limits { max_connections: Self::MAX_CONNECTIONS, read_timeout, max_age: None };
+        let (phase, shutdown) = Shutdown::new();
+        let kill = shutdown.kill.clone();
+        let limits = Limits {
+            max_connections: Self::MAX_CONNECTIONS,
+            max_age: None,
+            overtime: OVERTIME,
+            read_timeout,
+            keep_alive: KEEP_ALIVE,
+        };
         let final_scrapes = admin.final_scrapes.subscribe();
         let serving = listener::serve(
             socket,
@@ -189,13 +199,12 @@ impl AdminServer {
             limits,
             // `connections_*` tell of the API alone.
             metrics,
-            phases,
-            kill.clone(),
+            shutdown,
         );
         Self { phase, kill, task: tokio::spawn(serving), final_scrapes }
     }
 
-    async fn stop(mut self) {
+    async fn stop(&mut self) {
         self.phase.send_replace(Phase::Stopping);
         if tokio::time::timeout(Self::LAST_ANSWERS, &mut self.task).await.is_err() {
             self.kill.cancel();

@@ -42,9 +42,29 @@ pub struct Limits {
     pub max_connections: usize,
     /// For the first request of a connection to arrive, a later HTTP/1 head, and a TLS handshake.
     pub read_timeout: Duration,
-    /// After it, 10 % more or less at random, a connection is asked to go; 30 s later it is closed.
+    /// After it, 10 % more or less at random, a connection is asked to go.
     pub max_age: Option<Duration>,
+    /// How long after its age a connection may last.
+    pub overtime: Duration,
+    /// Of HTTP/2 connections.
+    pub keep_alive: KeepAlive,
 }
+
+/// When the peer of an HTTP/2 connection is taken for gone: a NAT or a load balancer forgot it.
+#[derive(Debug, Clone, Copy)]
+pub struct KeepAlive {
+    /// After so long without a frame the peer is sent a PING.
+    pub interval: Duration,
+    /// Without an answer to it the connection is closed.
+    pub timeout: Duration,
+}
+
+/// What suits peers on the internet, and the idle timeouts of the load balancers on the way.
+pub const KEEP_ALIVE: KeepAlive =
+    KeepAlive { interval: Duration::from_secs(30), timeout: Duration::from_secs(20) };
+
+/// Enough for every call that keeps its deadline.
+pub const OVERTIME: Duration = Duration::from_secs(30);
 
 /// How far the shutdown is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +79,26 @@ pub enum Phase {
     },
     /// What waits to be accepted is served, nothing more; what is in flight is finished.
     Stopping,
+}
+
+/// The listener's side of the shutdown.
+#[derive(Debug, Clone)]
+pub struct Shutdown {
+    /// How far it is.
+    pub phase: watch::Receiver<Phase>,
+    /// The listener cancels it once its socket is closed.
+    pub closed: CancellationToken,
+    /// Cuts off what is left.
+    pub kill: CancellationToken,
+}
+
+impl Shutdown {
+    /// One that has not begun, and what sets its phase.
+    pub fn new() -> (watch::Sender<Phase>, Self) {
+        let (sender, phase) = watch::channel(Phase::Serving);
+        let (closed, kill) = Default::default();
+        (sender, Self { phase, closed, kill })
+    }
 }
 
 /// Cancelled when a connection is asked to go; in the extensions of its requests, so that streams
@@ -86,16 +126,18 @@ impl ResponseLimit {
 /// First and longest pause after an error of `accept`, such as no file descriptor left.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// Serves connections until they have all ended after [`Phase::Stopping`], or `kill` is cancelled,
-/// which cuts off what is left.
+/// How often errors of `accept` are logged at most: out of descriptors, every one that is freed lets one
+/// connection in and the next one fail.
+const TOLD_AGAIN: Duration = Duration::from_secs(30);
+
+/// Serves connections until they have all ended after [`Phase::Stopping`], or are cut off.
 pub async fn serve<S, B>(
     socket: TcpListener,
     tls: Option<Tls>,
     service: S,
     limits: Limits,
     metrics: ConnectionMetrics,
-    phase: watch::Receiver<Phase>,
-    kill: CancellationToken,
+    shutdown: Shutdown,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
         + Clone
@@ -106,6 +148,8 @@ pub async fn serve<S, B>(
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
+    let Shutdown { phase, closed, kill } = shutdown;
+    let closed = closed.drop_guard();
     let watching = tls.clone().map(|tls| tokio::spawn(tls.reload_on_change()));
     let tracker = TaskTracker::new();
     let connections = Connections {
@@ -118,6 +162,7 @@ pub async fn serve<S, B>(
     if let Err(error) = accept_backlog(socket, &connections) {
         tracing::warn!(%error, "connections that waited to be accepted may have been reset");
     }
+    drop(closed);
     tracker.close();
     tracker.wait().await;
     if let Some(watching) = watching {
@@ -182,6 +227,7 @@ async fn accept_until_stopping<S, B>(
     };
     let accepting = async {
         let mut back_off = BACK_OFF.0;
+        let mut told: Option<Instant> = None;
         loop {
             match socket.accept().await {
                 Ok((stream, _)) => {
@@ -191,8 +237,9 @@ async fn accept_until_stopping<S, B>(
                 // The peer was gone before we came to it.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if back_off == BACK_OFF.0 {
+                    if told.is_none_or(|told| told.elapsed() > TOLD_AGAIN) {
                         tracing::error!(%error, "no connection can be accepted; trying again");
+                        told = Some(Instant::now());
                     }
                     sleep(back_off).await;
                     back_off = (back_off * 2).min(BACK_OFF.1);

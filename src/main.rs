@@ -56,7 +56,8 @@ fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
     if let Some(threads) = settings.worker_threads {
         runtime.worker_threads(threads);
     }
-    runtime.enable_all().build().context("the runtime")?.block_on(async {
+    let runtime = runtime.enable_all().build().context("the runtime")?;
+    let ended = runtime.block_on(async {
         let inputs = Inputs {
             api: bind("--listen", settings.listen).await?,
             admin: bind("--admin-listen", settings.admin_listen).await?,
@@ -66,7 +67,10 @@ fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
             signals: signals()?,
         };
         app::run(settings, inputs, Extra::default()).await
-    })
+    });
+    // What a blocking call may still wait for, a disk or a name server, is not waited for.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {

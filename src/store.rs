@@ -160,15 +160,34 @@ pub struct Writers {
     engine: Arc<Engine>,
 }
 
+/// A writer that ended before its work did: a bug.
+#[derive(Debug, thiserror::Error)]
+#[error("a writer of the store ended by itself: {0}")]
+pub struct WriterEnded(String);
+
 impl Writers {
+    /// Waits for a writer to end by itself, which none does while there is a clone of the store.
+    pub async fn failed(&mut self) -> WriterEnded {
+        match self.tasks.join_next().await {
+            Some(Err(error)) => WriterEnded(error.to_string()),
+            Some(Ok(())) => WriterEnded("no call can reach it any more".to_owned()),
+            None => std::future::pending().await,
+        }
+    }
+
     /// Waits until every clone of the store is gone and every order that was queued is settled; then
     /// closes the database.
-    pub async fn finished(mut self) {
+    ///
+    /// # Errors
+    /// If a writer ended before its orders were settled.
+    pub async fn finished(mut self) -> Result<(), WriterEnded> {
+        let mut result = Ok(());
         while let Some(ended) = self.tasks.join_next().await {
             if let Err(error) = ended {
-                tracing::error!(%error, "a writer of the store ended by itself");
+                result = Err(WriterEnded(error.to_string()));
             }
         }
         self.engine.close().await;
+        result
     }
 }

@@ -1,9 +1,6 @@
 //! One connection, from the handshake to its end.
 
-use std::{
-    convert::Infallible, error::Error, future::poll_fn, pin::pin, sync::Arc, task::Poll,
-    time::Duration,
-};
+use std::{convert::Infallible, error::Error, future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -18,24 +15,22 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::watch,
-    time::{sleep_until, timeout},
+    time::{sleep, sleep_until, timeout},
 };
+use tokio_rustls::server::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
 
 use super::{
-    Limits, Phase, Tls,
+    KeepAlive, Limits, Phase, Tls,
     io_watch::Watched,
-    plan::{Act, Plan, State},
+    plan::{Act, LAST_WORDS, Plan, State},
     requests::{Requests, Streams},
 };
 use crate::metrics::ConnectionMetrics;
 
 /// Streams of one HTTP/2 connection at a time.
 const MAX_STREAMS: u32 = 256;
-
-/// A peer that answers no PING for this long is gone: a NAT or a load balancer forgot it.
-const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 
 /// Bytes of all headers of a request, over both protocols.
 const MAX_HEADERS: u32 = 16 * 1024;
@@ -76,19 +71,43 @@ pub(super) async fn run<S, B>(
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
     let _open = Open::new(shared.metrics.open.clone());
+    let peer = stream.peer_addr().ok();
+    let state = Arc::new(State::new());
     let serving = async {
         match &shared.tls {
-            None => serve(stream, &shared, phase, service).await,
-            Some(tls) => {
-                let handshake = tls.acceptor().accept(stream);
-                match timeout(shared.limits.read_timeout, handshake).await {
-                    Ok(Ok(stream)) => serve(stream, &shared, phase, service).await,
-                    Ok(Err(_)) | Err(_) => shared.metrics.refused_tls.inc(),
-                }
-            }
+            None => serve(stream, &shared, &state, phase, service).await,
+            Some(tls) => match shaken_hands(stream, tls, &shared.limits, phase.clone()).await {
+                Some(stream) => serve(stream, &shared, &state, phase, service).await,
+                None => shared.metrics.refused_tls.inc(),
+            },
         }
     };
-    tokio::select! { () = serving => {}, () = shared.kill.cancelled() => {} }
+    tokio::select! {
+        () = serving => {}
+        () = shared.kill.cancelled() => {
+            let requests = state.in_flight();
+            if requests > 0 {
+                tracing::warn!(peer = peer.map(tracing::field::display), requests, "requests were cut off");
+            }
+        }
+    }
+}
+
+/// The stream of a peer that finishes its TLS handshake in time, which is short once all is to stop.
+async fn shaken_hands(
+    stream: TcpStream,
+    tls: &Tls,
+    limits: &Limits,
+    mut phase: watch::Receiver<Phase>,
+) -> Option<TlsStream<TcpStream>> {
+    let stopping = async {
+        let _ = phase.wait_for(|phase| *phase == Phase::Stopping).await;
+        sleep(LAST_WORDS).await;
+    };
+    tokio::select! {
+        shaken = timeout(limits.read_timeout, tls.acceptor().accept(stream)) => shaken.ok()?.ok(),
+        () = stopping => None,
+    }
 }
 
 /// An open connection, however it ends.
@@ -109,7 +128,8 @@ impl Drop for Open {
 
 async fn serve<I, S, B>(
     stream: I,
-    shared: &Arc<Shared>,
+    shared: &Shared,
+    state: &Arc<State>,
     mut phase: watch::Receiver<Phase>,
     service: S,
 ) where
@@ -123,9 +143,9 @@ async fn serve<I, S, B>(
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let state = Arc::new(State::new());
     let io = TokioIo::new(Watched::new(stream, state.clone()));
-    let builder = builder(Streams { state: state.clone(), tracker: shared.tracker.clone() });
+    let streams = Streams { state: state.clone(), tracker: shared.tracker.clone() };
+    let builder = builder(streams, shared.limits.keep_alive);
     let requests = Requests { inner: service, state: state.clone() };
     let mut connection = pin!(builder.serve_connection(io, requests));
     let mut plan = Plan::new(shared.limits, state.clone());
@@ -148,7 +168,8 @@ async fn serve<I, S, B>(
             Poll::Pending
         });
         let step = tokio::select! {
-            step = step => step,
+            // The phase first: a request that came after it changed is answered by it.
+            biased;
             changed = phase.changed(), if !plan.stopping => match changed {
                 Ok(()) => {
                     plan.follow(*phase.borrow_and_update());
@@ -159,6 +180,7 @@ async fn serve<I, S, B>(
                     Step::Due
                 }
             },
+            step = step => step,
         };
         match step {
             Step::Ended => return,
@@ -168,6 +190,10 @@ async fn serve<I, S, B>(
                 Act::Refuse => {
                     shared.metrics.refused_read_timeout.inc();
                     return;
+                }
+                Act::RefuseByGoAway => {
+                    shared.metrics.refused_read_timeout.inc();
+                    connection.as_mut().graceful_shutdown();
                 }
                 Act::Close => return,
             },
@@ -181,7 +207,7 @@ enum Step {
     Due,
 }
 
-fn builder(streams: Streams) -> Builder<Streams> {
+fn builder(streams: Streams, keep_alive: KeepAlive) -> Builder<Streams> {
     let mut builder = Builder::new(streams);
     builder
         .http1()
@@ -194,8 +220,8 @@ fn builder(streams: Streams) -> Builder<Streams> {
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADERS)
-        .keep_alive_interval(KEEP_ALIVE.0)
-        .keep_alive_timeout(KEEP_ALIVE.1)
+        .keep_alive_interval(keep_alive.interval)
+        .keep_alive_timeout(keep_alive.timeout)
         .initial_stream_window_size(WINDOWS.0)
         .initial_connection_window_size(WINDOWS.1)
         .max_send_buf_size(SEND_BUFFER);

@@ -36,7 +36,7 @@ impl<I: AsyncRead> AsyncRead for Watched<I> {
         let before = buffer.filled().len();
         let result = ready!(this.inner.poll_read(cx, buffer));
         if buffer.filled().len() > before {
-            this.state.bytes_came();
+            this.state.bytes_came(&buffer.filled()[before..]);
         }
         Poll::Ready(result)
     }

@@ -14,15 +14,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Limits, Phase, ResponseLimit, requests::InFlight};
 
-/// How long after its age a connection may last.
-const OVERTIME: Duration = Duration::from_secs(30);
-
 /// When all is to stop: how long a connection without a request in flight may take to notice, or to
 /// send what is on its way.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The same for an idle HTTP/1 connection, which does not end by itself.
 const IDLE_GRACE: Duration = Duration::from_millis(100);
+
+/// With what an HTTP/2 connection begins (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// What the parts of one connection tell each other.
 #[derive(Debug)]
@@ -37,8 +37,12 @@ pub(super) struct State {
 /// What is going on.
 #[derive(Debug)]
 struct Now {
-    /// `None` before the first request.
+    /// What of [`PREFACE`] has yet to come; `None` once something else came.
+    preface: Option<&'static [u8]>,
+    /// `None` before the whole preface or the first request.
     http1: Option<bool>,
+    /// Whether a request has come.
+    asked: bool,
     in_flight: usize,
     /// Since when nothing is in flight; meaningless while something is.
     idle_since: Instant,
@@ -51,7 +55,9 @@ struct Now {
 impl State {
     pub(super) fn new() -> Self {
         let now = Now {
+            preface: Some(PREFACE),
             http1: None,
+            asked: false,
             in_flight: 0,
             idle_since: Instant::now(),
             head_since: None,
@@ -70,8 +76,17 @@ impl State {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn bytes_came(&self) {
+    pub(super) fn bytes_came(&self, bytes: &[u8]) {
         let mut now = self.now();
+        if now.http1.is_none()
+            && let Some(rest) = now.preface
+        {
+            let both = rest.len().min(bytes.len());
+            now.preface = (rest[..both] == bytes[..both]).then(|| &rest[both..]);
+            if now.preface.is_some_and(<[u8]>::is_empty) {
+                now.http1 = Some(false);
+            }
+        }
         if now.http1 == Some(true) && now.in_flight == 0 && now.head_since.is_none() {
             now.head_since = Some(Instant::now());
         }
@@ -84,6 +99,7 @@ impl State {
     pub(super) fn request_came(self: &Arc<Self>, http1: bool, limit: ResponseLimit) -> InFlight {
         let mut now = self.now();
         now.http1 = Some(http1);
+        now.asked = true;
         now.in_flight += 1;
         now.head_since = None;
         now.limit = Some(limit);
@@ -94,6 +110,11 @@ impl State {
         let mut now = self.now();
         now.in_flight -= 1;
         now.idle_since = Instant::now();
+    }
+
+    /// How many requests are in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.now().in_flight
     }
 
     pub(super) fn take_limit(&self) -> Option<ResponseLimit> {
@@ -113,6 +134,8 @@ pub(super) enum Act {
     GoAway,
     /// Close, the first request or a head having taken too long.
     Refuse,
+    /// The same on HTTP/2, where a first request that is on its way can be served yet: GOAWAY.
+    RefuseByGoAway,
     Close,
 }
 
@@ -141,7 +164,7 @@ impl Plan {
             read_timeout: limits.read_timeout,
             begun,
             leave: age.map(|age| begun + age),
-            close: age.map(|age| begun + age + OVERTIME),
+            close: age.map(|age| begun + age + limits.overtime),
             stopping: false,
             stopping_since: begun,
             told: false,
@@ -159,6 +182,7 @@ impl Plan {
                 self.leave = Some(self.leave.map_or(at, |leave| leave.min(at)));
             }
             Phase::Stopping => {
+                self.state.closing.store(true, Ordering::Relaxed);
                 self.leave = Some(now);
                 self.stopping = true;
                 self.stopping_since = now;
@@ -181,10 +205,9 @@ impl Plan {
 
     /// By when the first request, or a head that has begun, must have arrived.
     fn too_late(&self, now: &Now) -> Option<Instant> {
-        match now.http1 {
-            None => Some(self.begun + self.read_timeout),
-            Some(_) => now.head_since.map(|since| since + self.read_timeout),
-        }
+        let since = if now.asked { now.head_since } else { Some(self.begun) };
+        // Once all is to stop, the time for last words is shorter.
+        since.map(|since| since + self.read_timeout).filter(|_| !self.stopping)
     }
 
     /// By when an HTTP/1 response must have been read; HTTP/2's streams have timers of their own.
@@ -218,7 +241,13 @@ impl Plan {
         let state = self.state.clone();
         let now = state.now();
         if past(self.too_late(&now)) {
-            return Act::Refuse;
+            if now.http1 != Some(false) || self.told {
+                return Act::Refuse;
+            }
+            state.closing.store(true, Ordering::Relaxed);
+            state.leaving.cancel();
+            (self.told, self.stopping, self.stopping_since) = (true, true, at);
+            return Act::RefuseByGoAway;
         }
         if past(self.unread(&now)) || past(self.close) || past(self.last_words(&now)) {
             return Act::Close;
@@ -235,5 +264,34 @@ impl Plan {
             return Act::GoAway;
         }
         Act::Nothing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::listener::{KEEP_ALIVE, OVERTIME};
+
+    #[test]
+    fn ages_are_within_ten_percent_and_all_over_that_range() {
+        let age = Duration::from_secs(100);
+        let limits = Limits {
+            max_connections: 1,
+            read_timeout: Duration::from_secs(1000),
+            max_age: Some(age),
+            overtime: OVERTIME,
+            keep_alive: KEEP_ALIVE,
+        };
+        let ages: Vec<_> = (0..1000)
+            .map(|_| {
+                let plan = Plan::new(limits, Arc::new(State::new()));
+                (plan.due() - plan.begun).as_secs_f64()
+            })
+            .collect();
+        assert!(ages.iter().all(|age| (90.0..=110.0).contains(age)), "{ages:?}");
+        for tenth in 0..10 {
+            let from = 90.0 + 2.0 * f64::from(tenth);
+            assert!(ages.iter().any(|age| (from..from + 2.0).contains(age)), "{from}");
+        }
     }
 }

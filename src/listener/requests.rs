@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -13,11 +14,18 @@ use http::{HeaderValue, Request, Response, Version, header};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
-use tokio::time::{Sleep, sleep_until};
-use tokio_util::task::TaskTracker;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::{
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+    task::TaskTracker,
+};
 use tower::Service;
 
 use super::{Leaving, ResponseLimit, plan::State};
+
+/// How long the peer of a stream without a limit may take to read its last messages, once the
+/// connection was asked to go.
+const LAST_MESSAGES: Duration = Duration::from_secs(5);
 
 /// The service of one connection.
 pub(super) struct Requests<S> {
@@ -124,17 +132,22 @@ where
 {
     fn execute(&self, stream: F) {
         let limit = self.state.take_limit();
-        self.tracker.spawn(Limited { inner: stream, limit, timer: None });
+        let leaving = self.state.leaving.clone();
+        self.tracker.spawn(Limited { inner: stream, limit, leaving, left: None, timer: None });
     }
 }
 
 pin_project! {
     /// A stream that ends at its limit; dropping it resets it towards the peer, frees what its
-    /// request holds and ends its record.
+    /// request holds and ends its record. Without a limit of its own it ends some time after its
+    /// connection was asked to go.
     struct Limited<F> {
         #[pin]
         inner: F,
         limit: Option<ResponseLimit>,
+        leaving: CancellationToken,
+        #[pin]
+        left: Option<WaitForCancellationFutureOwned>,
         #[pin]
         timer: Option<Sleep>,
     }
@@ -149,8 +162,17 @@ impl<F: Future> Future for Limited<F> {
             return Poll::Ready(());
         }
         if this.timer.is_none() {
-            let Some(at) = this.limit.as_ref().and_then(ResponseLimit::get) else {
-                return Poll::Pending;
+            let limit = this.limit.as_ref().and_then(ResponseLimit::get);
+            let at = match limit {
+                Some(at) => at,
+                None => {
+                    if this.left.is_none() {
+                        this.left.set(Some(this.leaving.clone().cancelled_owned()));
+                    }
+                    let left = this.left.as_mut().as_pin_mut().expect("it was set just now");
+                    ready!(left.poll(cx));
+                    Instant::now() + LAST_MESSAGES
+                }
             };
             this.timer.set(Some(sleep_until(at)));
         }

@@ -4,7 +4,7 @@
 //! rustls with ring: it builds with a C compiler alone, where aws-lc wants CMake, too.
 
 use std::{
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -37,6 +37,8 @@ pub struct TlsError {
 #[derive(Debug, Clone)]
 pub struct Tls {
     files: Arc<Files>,
+    /// What was in the files when `current` was made first.
+    loaded: Arc<Contents>,
     current: Arc<RwLock<Arc<ServerConfig>>>,
 }
 
@@ -48,11 +50,18 @@ struct Files {
 }
 
 /// The bytes of the files, to tell whether they changed.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(PartialEq, Eq)]
 struct Contents {
     cert: Vec<u8>,
     key: Vec<u8>,
     client_ca: Option<Vec<u8>>,
+}
+
+/// Shows no key.
+impl fmt::Debug for Contents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Contents").finish_non_exhaustive()
+    }
 }
 
 impl Tls {
@@ -64,8 +73,13 @@ impl Tls {
     pub fn load(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Self, TlsError> {
         let files =
             Files { cert: cert.into(), key: key.into(), client_ca: client_ca.map(Into::into) };
-        let config = files.config(&files.read()?)?;
-        Ok(Self { files: Arc::new(files), current: Arc::new(RwLock::new(config)) })
+        let loaded = files.read()?;
+        let config = files.config(&loaded)?;
+        Ok(Self {
+            files: files.into(),
+            loaded: loaded.into(),
+            current: Arc::new(RwLock::new(config)),
+        })
     }
 
     /// For the next handshake.
@@ -78,23 +92,27 @@ impl Tls {
     pub(super) async fn reload_on_change(self) {
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut used = self.files.read().ok();
+        let Self { files, loaded: mut used, current } = self;
         let mut told = None;
         loop {
             looks.tick().await;
-            let read = self.files.read();
+            let looking = files.clone();
+            // A file system that hangs holds no worker of the runtime.
+            let Ok(read) = tokio::task::spawn_blocking(move || looking.read()).await else {
+                return;
+            };
             let config = match read {
-                Ok(contents) if used.as_ref() == Some(&contents) => {
+                Ok(contents) if *used == contents => {
                     told = None;
                     continue;
                 }
-                Ok(contents) => self.files.config(&contents).map(|config| (contents, config)),
+                Ok(contents) => files.config(&contents).map(|config| (contents, config)),
                 Err(error) => Err(error),
             };
             match config {
                 Ok((contents, config)) => {
-                    *self.current.write().unwrap_or_else(PoisonError::into_inner) = config;
-                    (used, told) = (Some(contents), None);
+                    *current.write().unwrap_or_else(PoisonError::into_inner) = config;
+                    (used, told) = (Arc::new(contents), None);
                     tracing::info!("the certificates were re-read");
                 }
                 Err(error) => {

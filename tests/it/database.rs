@@ -98,7 +98,10 @@ impl Opened {
 
     pub async fn close(self) {
         drop(self.store);
-        tokio::time::timeout(PATIENCE, self.writers.finished()).await.expect("the writers end");
+        tokio::time::timeout(PATIENCE, self.writers.finished())
+            .await
+            .expect("the writers end")
+            .unwrap();
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod admin;
+mod age;
 mod connections;
 mod database;
 mod discovery;
@@ -11,6 +12,8 @@ mod durability;
 mod errors;
 mod in_process;
 mod metrics;
+mod overload;
+mod peers;
 mod place;
 mod postgres;
 mod prometheus;

@@ -118,7 +118,7 @@ async fn what_is_queued_at_the_end_is_stored(database: Database) {
     let placed = opened.metrics.store.placed.clone();
     let Opened { store, writers, .. } = opened;
     drop(store);
-    writers.finished().await;
+    writers.finished().await.unwrap();
     assert!(calls.join_all().await.iter().all(Result::is_ok));
     assert_eq!(placed.get(), 500);
 }

@@ -115,13 +115,21 @@ impl Process {
         self.child.id().expect("running")
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.id().try_into().unwrap()).unwrap()
+    }
+
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
-        kill_process(pid, signal).unwrap();
+        kill_process(self.pid(), signal).unwrap();
     }
 
     pub async fn exited(&mut self) -> ExitStatus {
         timeout(PATIENCE, self.child.wait()).await.expect("the server ends").unwrap()
+    }
+
+    /// The exit code of a server that is ending.
+    pub async fn ended(mut self) -> Option<i32> {
+        self.exited().await.code()
     }
 
     pub async fn kill_9(mut self) {
@@ -129,9 +137,9 @@ impl Process {
     }
 
     /// SIGTERM, and the exit code.
-    pub async fn terminate(mut self) -> Option<i32> {
+    pub async fn terminate(self) -> Option<i32> {
         self.signal(Signal::TERM);
-        self.exited().await.code()
+        self.ended().await
     }
 
     pub async fn grpc(&self) -> OrderServiceClient<Channel> {

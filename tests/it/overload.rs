@@ -1,0 +1,106 @@
+//! Peers that take more than their share: those that do not read, and those that only reset.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use order_service::proto::{ListRequest, PlaceRequest};
+use tokio::time::timeout;
+use tonic::Code;
+
+use crate::{
+    peers::{call, connect, place, with_window},
+    support::{PATIENCE, Page, Process, scrape_until},
+};
+
+#[tokio::test]
+async fn peers_that_do_not_read_free_their_permits_at_the_time_limit() {
+    // A response may take this and five seconds more.
+    let server = Process::start("sqlite::memory:", &["--request-timeout", "5s"]).await;
+    let (mut clients, mut answers) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        let mut client = with_window(server.api, 0).await;
+        for _ in 0..256 {
+            answers.push(call(&mut client, place()).await);
+        }
+        clients.push(client);
+    }
+    // Their orders are placed and their heads answered, but nobody reads: all permits are held.
+    scrape_until(server.admin, |page| page.value("product_order_total", &[]) == 1024.0).await;
+    let status = server.grpc().await.place(PlaceRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+
+    let freed = scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 0.0).await;
+    let cancelled = ["grpc_method=\"Place\"", "grpc_code=\"Canceled\""];
+    assert_eq!(freed.value("grpc_server_handled_total", &cancelled), 1024.0);
+    let order = PlaceRequest { product_id: "book".into(), ..Default::default() };
+    server.grpc().await.place(order).await.unwrap();
+    for answer in answers {
+        let mut body = answer.await.unwrap().into_body();
+        assert!(body.data().await.unwrap().unwrap_err().is_reset());
+    }
+}
+
+#[tokio::test]
+async fn floods_of_resets_end_their_connections_and_harm_no_other() {
+    let server = Process::start("sqlite::memory:", &["--processing-delay", "10s"]).await;
+    let memory = |page: &Page| page.value("process_resident_memory_bytes", &[]);
+    let before = memory(&server.scrape().await);
+    let over = Arc::new(AtomicBool::new(false));
+    let mut floods = Vec::new();
+    for _ in 0..4 {
+        let (api, over) = (server.api, over.clone());
+        floods.push(tokio::spawn(async move {
+            let mut resets = 0;
+            while !over.load(Ordering::Relaxed) {
+                resets += flood(api).await;
+            }
+            resets
+        }));
+    }
+    // Others are served meanwhile, on connections old and new.
+    let mut grpc = server.grpc().await;
+    for _ in 0..200 {
+        grpc.list(ListRequest::default()).await.unwrap();
+        server.grpc().await.list(ListRequest::default()).await.unwrap();
+    }
+    over.store(true, Ordering::Relaxed);
+    let mut resets = 0;
+    for flood in floods {
+        resets += timeout(PATIENCE, flood).await.expect("a flood ends").unwrap();
+    }
+    let page = scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 0.0).await;
+    let more = memory(&page) - before;
+    println!("{resets} resets: {:.1} MB more", more / 1e6);
+    assert!(resets > 1000, "{resets}");
+    assert!(more < 32e6, "{more}");
+}
+
+/// Resets streams as soon as they are begun, until the server has enough; how many it were.
+async fn flood(api: std::net::SocketAddr) -> usize {
+    let (mut client, connection) = h2::client::handshake::<_>(connect(api).await).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let mut resets = 0;
+    while resets < 100_000 {
+        let Ok(ready) = client.ready().await else { break };
+        client = ready;
+        let (request, _) = place();
+        let Ok((_answer, mut stream)) = client.send_request(request, false) else { break };
+        stream.send_reset(h2::Reason::CANCEL);
+        resets += 1;
+        if resets % 50 == 0 {
+            // So that the connection gets to send them.
+            tokio::time::sleep(Duration::ZERO).await;
+        }
+        client = match client.ready().await {
+            Ok(client) => client,
+            Err(_) => break,
+        };
+    }
+    connection.abort();
+    resets
+}
