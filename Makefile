@@ -3,11 +3,15 @@
 CARGO ?= cargo
 TOOLS := $(CURDIR)/.tools
 
-.PHONY: run test tools lint bench bench-instructions
+.PHONY: run load test tools lint bench bench-instructions
 
 ## Builds and starts the service on its embedded database, ./orders.db
 run:
 	$(CARGO) run --release --bin order-service
+
+## The load test against a running service: make load ARGS="--phases 10s@100 --audit"
+load:
+	$(CARGO) run --release --bin order-load -- $(ARGS)
 
 ## Installs what the tests need on a bare Debian machine and runs them all
 test: tools

@@ -1,0 +1,72 @@
+//! The load test: places orders on a schedule that no server can slow down, reports what came of
+//! them, and on request audits that none was lost, doubled or altered.
+//!
+//! - [`args`]: the flags; [`schedule`]: from phases to the moment of each order;
+//! - [`target`], [`tls`], [`connection`], [`pool`], [`spread`]: connections, spread over every address of the
+//!   target's name;
+//! - [`call`], [`grpc`], [`rest`]: one call in either protocol;
+//! - [`sender`]: sends each order at its moment, and again if it may have been lost;
+//! - [`recorder`], [`progress`], [`report`]: what came of it, meanwhile and at the end;
+//! - [`audit`]: reads the orders back.
+//!
+//! Of the library it uses the proto and the rules of an order, nothing of the server.
+#![allow(missing_docs, reason = "a program, not a library")]
+
+mod args;
+mod audit;
+mod call;
+mod connection;
+mod grpc;
+mod load;
+mod pacer;
+mod pool;
+mod progress;
+mod recorder;
+mod report;
+mod rest;
+mod schedule;
+mod sender;
+mod spread;
+mod target;
+mod tls;
+
+use std::{env, process::ExitCode};
+
+use args::{Args, NoArgs};
+use target::Target;
+
+fn main() -> ExitCode {
+    let read = Args::read(env::args_os()).and_then(|args| {
+        let target = Target::new(&args).map_err(NoArgs::BadUsage)?;
+        Ok((args, target))
+    });
+    let (args, target) = match read {
+        Ok(read) => read,
+        Err(NoArgs::Asked(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(NoArgs::BadUsage(line)) => {
+            eprintln!("order-load: {line}");
+            return ExitCode::from(2);
+        }
+    };
+    // Thousands of connections are within what one may ask for.
+    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
+        eprintln!("order-load: the limit of open files stays as it is: {error}");
+    }
+    // One thread: the calls share the pool and the recorder without waiting for each other.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let passed = match runtime {
+        Ok(runtime) => runtime.block_on(load::run(&args, target)),
+        Err(error) => Err(error.into()),
+    };
+    match passed {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("order-load: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
