@@ -112,6 +112,7 @@ impl Running {
     async fn end_at_once(&mut self) -> Ended {
         let requests = self.in_flight.count();
         tracing::warn!(requests, "told to end at once");
+        self.api.phase.send_replace(Phase::Stopping);
         self.api.kill.cancel();
         if !self.api.task.is_finished() {
             let _ = timeout(AT_ONCE, &mut self.api.task).await;

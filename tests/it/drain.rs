@@ -1,14 +1,17 @@
 //! The end of a process, whatever its peers do.
 
-use order_service::proto::PlaceRequest;
+use order_service::proto::{ListRequest, PlaceRequest};
 use rustix::process::Signal;
-use tokio::{io::AsyncWriteExt as _, net::TcpStream};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet};
 use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::support::{Process, channel, scrape_until};
+use crate::{
+    peers::{self, call, closed, connect, get, with_window},
+    support::{Process, channel, scrape_until},
+};
 
 fn place() -> PlaceRequest {
     PlaceRequest { product_id: "book".into(), ..Default::default() }
@@ -81,15 +84,150 @@ async fn health_watches_are_told_and_end() {
 }
 
 #[tokio::test]
-async fn during_the_drain_delay_new_connections_are_served_and_told_to_close() {
-    let mut server = Process::start("sqlite::memory:", &["--drain-delay", "2s"]).await;
+async fn during_the_drain_delay_everyone_is_served_and_told_to_close() {
+    let mut server = Process::start("sqlite::memory:", &["--drain-delay", "3s"]).await;
+    let mut kept = Vec::new();
+    for _ in 0..8 {
+        let mut peer = connect(server.api).await;
+        assert!(!get(&mut peer).await.contains("connection: close"));
+        kept.push(peer);
+    }
     server.signal(Signal::TERM);
     server.logged("draining: no longer ready").await;
-    let response = reqwest::get(server.url("/product")).await.unwrap();
-    assert_eq!(
-        (response.status().as_u16(), &response.headers()["connection"]),
-        (200, &"close".parse().unwrap())
-    );
+    for peer in &mut kept {
+        let head = get(peer).await;
+        assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{head}");
+        closed(peer).await;
+    }
+    let head = get(&mut connect(server.api).await).await;
+    assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{head}");
     server.grpc().await.place(place()).await.unwrap();
+
+    let mut health = HealthClient::new(channel(server.api).await);
+    for service in ["", "orders.v1.OrderService"] {
+        let request = HealthCheckRequest { service: service.into() };
+        let status = health.check(request).await.unwrap().into_inner().status();
+        assert_eq!(status, ServingStatus::NotServing);
+    }
+    for (path, status) in [("readyz", 503), ("livez", 200)] {
+        let answer = reqwest::get(format!("http://{}/{path}", server.admin)).await.unwrap();
+        assert_eq!(answer.status(), status);
+    }
+    assert_eq!(server.exited().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn each_step_comes_in_its_order_and_is_logged() {
+    let args = ["--drain-delay", "100ms", "--final-scrape-timeout", "60s", "--final-scrapes", "2"];
+    let args = [&args[..], &["--processing-delay", "1s"]].concat();
+    let mut server = Process::start("sqlite::memory:", &args).await;
+    let mut grpc = server.grpc().await;
+    let call = tokio::spawn(async move { grpc.place(place()).await });
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
+    server.signal(Signal::TERM);
+    server.logged("draining: stopped accepting").await;
+    TcpStream::connect(server.api).await.unwrap_err();
+    // Scrapes that come before the flush do not count, however many.
+    let early = server.scrape().await;
+    server.scrape().await;
+    assert_eq!(early.value("product_order_total", &[]), 0.0);
+    call.await.unwrap().unwrap();
+    server.logged("draining: waiting for the final scrape").await;
+    let page = server.scrape().await;
+    assert_eq!(page.value("product_order_total", &[]), 1.0);
+    assert_eq!(page.sum("requests_in_flight", &[]), 0.0);
+    // Two were asked for.
+    server.scrape().await;
+    assert_eq!(server.exited().await.code(), Some(0));
+    let log = server.log();
+    let steps: Vec<_> = log.iter().map(|line| line["message"].as_str().unwrap()).collect();
+    let expected = [
+        "serving",
+        "draining: no longer ready",
+        "draining: stopped accepting",
+        "draining: every request is answered",
+        "draining: every order is stored",
+        "draining: waiting for the final scrape",
+        "draining: the final scrape was answered",
+        "drained",
+    ];
+    assert_eq!(steps, expected);
+}
+
+#[tokio::test]
+async fn without_a_final_scrape_the_end_comes_all_the_same_and_says_so() {
+    let mut server = Process::start("sqlite::memory:", &["--final-scrape-timeout", "300ms"]).await;
+    server.signal(Signal::TERM);
+    let line = server.logged("draining: no final scrape came; the last orders may go uncounted");
+    assert_eq!(line.await["level"], "WARN");
+    assert_eq!(server.exited().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn fifty_calls_in_flight_on_each_protocol_are_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start_in(dir.path(), &["--processing-delay", "1s"]).await;
+    let http = reqwest::Client::new();
+    let mut calls = JoinSet::new();
+    let grpc = server.grpc().await;
+    for _ in 0..50 {
+        let mut grpc = grpc.clone();
+        calls.spawn(async move { drop(grpc.place(place()).await.unwrap()) });
+        let request = http.get(server.url("/product"));
+        calls.spawn(async move { assert_eq!(request.send().await.unwrap().status(), 200) });
+    }
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 100.0).await;
+    assert_eq!(server.terminate().await, Some(0));
+    calls.join_all().await;
+    // They were not only answered: they are on the disk.
+    let server = Process::start_in(dir.path(), &[]).await;
+    let list = ListRequest { page_size: 1000, ..Default::default() };
+    assert_eq!(server.grpc().await.list(list).await.unwrap().into_inner().orders.len(), 100);
+}
+
+#[tokio::test]
+async fn a_stuck_stream_is_cut_off_with_exit_3_after_the_others_have_finished() {
+    let args = ["--drain-timeout", "3s", "--processing-delay", "500ms", "--request-timeout", "60s"];
+    let mut server = Process::start("sqlite::memory:", &args).await;
+    // Its peer never reads the answer.
+    let mut stuck = with_window(server.api, 0).await;
+    let unread = call(&mut stuck, peers::place()).await;
+    scrape_until(server.admin, |page| page.value("product_order_total", &[]) == 1.0).await;
+    let mut others = JoinSet::new();
+    for _ in 0..20 {
+        let mut grpc = server.grpc().await;
+        others.spawn(async move { drop(grpc.place(place()).await.unwrap()) });
+    }
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 21.0).await;
+    server.signal(Signal::TERM);
+    others.join_all().await;
+    let line = server.logged("draining: the time is up, requests are cut off").await;
+    assert_eq!(line["requests"], 1);
+    // And whose it was.
+    let line = server.logged("requests were cut off").await;
+    assert_eq!(line["requests"], 1);
+    assert!(line["peer"].as_str().unwrap().starts_with("127.0.0.1:"));
+    assert_eq!(server.exited().await.code(), Some(3));
+    drop(unread);
+}
+
+#[tokio::test]
+async fn a_watch_that_nobody_reads_does_not_hold_the_end() {
+    let server = Process::start("sqlite::memory:", &["--drain-timeout", "50s"]).await;
+    let mut client = with_window(server.api, 0).await;
+    let request = peers::grpc("/grpc.health.v1.Health/Watch", &HealthCheckRequest::default());
+    let watch = call(&mut client, request).await.await.unwrap();
+    let begun = std::time::Instant::now();
+    assert_eq!(server.terminate().await, Some(0));
+    assert!(begun.elapsed().as_secs() < 40, "{:?}", begun.elapsed());
+    drop(watch);
+}
+
+#[tokio::test]
+async fn a_second_signal_that_cuts_nothing_off_exits_with_0() {
+    let mut server = Process::start("sqlite::memory:", &["--drain-delay", "1h"]).await;
+    server.signal(Signal::INT);
+    server.logged("draining: no longer ready").await;
+    server.signal(Signal::TERM);
     assert_eq!(server.exited().await.code(), Some(0));
 }

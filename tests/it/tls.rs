@@ -2,15 +2,25 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Stdio,
 };
 
+use axum::{Router, routing::get};
+use order_service::{
+    listener::{self, KEEP_ALIVE, Limits, OVERTIME, Shutdown, Tls},
+    metrics::ConnectionMetrics,
+};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tempfile::TempDir;
-use tokio::process::Command;
+use tokio::{io::AsyncWriteExt as _, net::TcpListener, process::Command, time::timeout};
 
-use crate::support::{PATIENCE, Process, server_command};
+use crate::{
+    peers::{closed, connect},
+    support::{PATIENCE, Page, Process, scrape_until, server_command},
+    traffic::Steady,
+};
 
 /// A CA, and certificates that it signed, as PEM files.
 struct Pki {
@@ -49,6 +59,15 @@ impl Pki {
         vec!["--tls-cert".into(), file("server.pem"), "--tls-key".into(), file("server.key")]
     }
 
+    /// steady over both protocols, which trusts the CA and shows this certificate.
+    fn steady(&self, server: &Process, client: &str) -> Steady {
+        let file = |name: &str| self.path(name).to_str().unwrap().to_owned();
+        let (cert, key) = (file(&format!("{client}.pem")), file(&format!("{client}.key")));
+        let (api, ca) = (server.api.to_string(), file("ca.pem"));
+        let target = ["-grpc", &api, "-http", &api, "-name", "orders.test"];
+        Steady::start(&[&target[..], &["-ca", &ca, "-cert", &cert, "-key", &key]].concat())
+    }
+
     async fn serve(&self, more: &[String]) -> Process {
         let flags = [self.flags(), more.to_vec()].concat();
         let flags: Vec<_> = flags.iter().map(String::as_str).collect();
@@ -56,8 +75,8 @@ impl Pki {
     }
 
     /// curl of `/product` at a host that is this machine; its exit code and what it wrote.
-    async fn curl(&self, server: &Process, host: &str, flags: &[&str]) -> (Option<i32>, String) {
-        let port = server.api.port();
+    async fn curl(&self, api: SocketAddr, host: &str, flags: &[&str]) -> (Option<i32>, String) {
+        let port = api.port();
         let mut curl = Command::new("curl");
         curl.args(["-sS", "--resolve", &format!("{host}:{port}:127.0.0.1"), "--cacert"]);
         curl.arg(self.path("ca.pem")).args(flags).arg(format!("https://{host}:{port}/product"));
@@ -78,11 +97,14 @@ async fn both_versions_of_http_are_chosen_by_alpn() {
         [("--http1.1", "Order placed! over 1.1"), ("--http2", "Order placed! over 2")]
     {
         let flags = [&version[..], &[flag]].concat();
-        assert_eq!(pki.curl(&server, "orders.test", &flags).await, (Some(0), expected.to_owned()));
+        assert_eq!(
+            pki.curl(server.api, "orders.test", &flags).await,
+            (Some(0), expected.to_owned())
+        );
     }
-    let (code, _) = pki.curl(&server, "orders.test", &["--tls-max", "1.2"]).await;
+    let (code, _) = pki.curl(server.api, "orders.test", &["--tls-max", "1.2"]).await;
     assert_eq!(code, Some(0));
-    let (code, _) = pki.curl(&server, "orders.test", &["--tls-max", "1.1"]).await;
+    let (code, _) = pki.curl(server.api, "orders.test", &["--tls-max", "1.1"]).await;
     assert_ne!(code, Some(0));
     // Plain HTTP is no handshake.
     let plain = reqwest::get(server.url("/product")).await;
@@ -99,13 +121,13 @@ async fn with_a_client_ca_clients_must_show_a_certificate() {
     pki.issue("client", "client.test");
     let ca = pki.path("ca.pem").to_str().unwrap().to_owned();
     let server = pki.serve(&["--tls-client-ca".to_owned(), ca]).await;
-    assert_ne!(pki.curl(&server, "orders.test", &[]).await.0, Some(0));
+    assert_ne!(pki.curl(server.api, "orders.test", &[]).await.0, Some(0));
     let stranger = Pki::new();
     stranger.issue("client", "client.test");
     for (pki_of, accepted) in [(&pki, true), (&stranger, false)] {
         let (cert, key) = (pki_of.path("client.pem"), pki_of.path("client.key"));
         let flags = ["--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()];
-        let (code, text) = pki.curl(&server, "orders.test", &flags).await;
+        let (code, text) = pki.curl(server.api, "orders.test", &flags).await;
         assert_eq!(code == Some(0), accepted, "{text}");
     }
 }
@@ -116,20 +138,103 @@ async fn changed_files_are_used_and_broken_ones_are_not() {
     let pki = Pki::new();
     pki.issue("server", "old.test");
     let mut server = pki.serve(&[]).await;
-    assert_eq!(pki.curl(&server, "old.test", &[]).await.0, Some(0));
+    assert_eq!(pki.curl(server.api, "old.test", &[]).await.0, Some(0));
 
     fs::write(pki.path("server.pem"), "half a certif").unwrap();
     server.logged("changed certificates are not used").await;
-    assert_eq!(pki.curl(&server, "old.test", &[]).await.0, Some(0));
+    assert_eq!(pki.curl(server.api, "old.test", &[]).await.0, Some(0));
 
     pki.issue("server", "new.test");
-    let renewed = async { while pki.curl(&server, "new.test", &[]).await.0 != Some(0) {} };
+    let renewed = async { while pki.curl(server.api, "new.test", &[]).await.0 != Some(0) {} };
     tokio::time::timeout(PATIENCE, renewed).await.expect("the new certificate is used");
-    assert_ne!(pki.curl(&server, "old.test", &[]).await.0, Some(0));
+    assert_ne!(pki.curl(server.api, "old.test", &[]).await.0, Some(0));
     let lines = server.log();
     let told = lines.iter().filter(|line| line["message"] == "changed certificates are not used");
     // Once for the broken file, and perhaps once for the key that was there before its certificate.
     assert!((1..=2).contains(&told.count()), "{lines:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs curl and steady; run by make test"]
+async fn a_certificate_is_swapped_under_load_and_no_connection_drops() {
+    let pki = Pki::new();
+    pki.issue("server", "orders.test");
+    pki.issue("client", "client.test");
+    let ca = pki.path("ca.pem").to_str().unwrap().to_owned();
+    let server = pki.serve(&["--tls-client-ca".to_owned(), ca]).await;
+    let steady = pki.steady(&server, "client");
+    let placed = |page: &Page| page.value("product_order_total", &[]);
+    let connections = |page: &Page| page.value("connections_accepted_total", &[]);
+    let before = scrape_until(server.admin, |page| placed(page) >= 200.0).await;
+    assert_eq!(connections(&before), 20.0);
+
+    pki.issue("server", "swapped.test");
+    let (cert, key) = (pki.path("client.pem"), pki.path("client.key"));
+    let flags = ["--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    let mut tries = 0.0;
+    let swapped = async {
+        loop {
+            tries += 1.0;
+            if pki.curl(server.api, "swapped.test", &flags).await.0 == Some(0) {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, swapped).await.expect("the new certificate is used");
+    let now = server.scrape().await;
+    let after = scrape_until(server.admin, |page| placed(page) >= placed(&now) + 200.0).await;
+    assert_eq!(connections(&after), connections(&before) + tries);
+    steady.none_failed(&["grpc", "http"]).await;
+}
+
+#[tokio::test]
+#[ignore = "needs curl; run by make test"]
+async fn a_certificate_that_changes_between_the_start_and_the_first_connection_is_used() {
+    let pki = Pki::new();
+    pki.issue("server", "old.test");
+    let tls = Tls::load(&pki.path("server.pem"), &pki.path("server.key"), None).unwrap();
+    // As while the program waits for its database.
+    pki.issue("server", "new.test");
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let api = socket.local_addr().unwrap();
+    let routes = Router::new().route("/product", get(async || "served"));
+    let limits = Limits {
+        max_connections: 10,
+        read_timeout: PATIENCE,
+        max_age: None,
+        overtime: OVERTIME,
+        keep_alive: KEEP_ALIVE,
+    };
+    let metrics = ConnectionMetrics::new().unwrap();
+    let (_phase, shutdown) = Shutdown::new();
+    tokio::spawn(listener::serve(socket, Some(tls), routes, limits, metrics, shutdown));
+    let used = async { while pki.curl(api, "new.test", &[]).await.0 != Some(0) {} };
+    timeout(PATIENCE, used).await.expect("the new certificate is used");
+}
+
+#[tokio::test]
+async fn a_handshake_that_never_ends_is_refused_and_holds_no_drain() {
+    let pki = Pki::new();
+    pki.issue("server", "orders.test");
+    for bytes in [&b""[..], &[0x16, 3, 1, 2, 0, 1]] {
+        let server = pki.serve(&["--read-timeout=300ms".to_owned()]).await;
+        let mut peer = connect(server.api).await;
+        peer.write_all(bytes).await.unwrap();
+        closed(&mut peer).await;
+        scrape_until(server.admin, |page| {
+            page.value("connections_refused_total", &["reason=\"tls\""]) == 1.0
+        })
+        .await;
+        assert_eq!(server.terminate().await, Some(0));
+        // Nor one that has all the time to end.
+        let server = pki.serve(&["--read-timeout=50s".to_owned()]).await;
+        let mut peer = connect(server.api).await;
+        peer.write_all(bytes).await.unwrap();
+        scrape_until(server.admin, |page| page.value("connections_open", &[]) == 1.0).await;
+        let begun = std::time::Instant::now();
+        assert_eq!(server.terminate().await, Some(0));
+        assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
+    }
 }
 
 #[tokio::test]
