@@ -91,12 +91,7 @@ where
 }
 
 fn benches(criterion: &mut Criterion) {
-    let recording = Recording {
-        descriptors: &[DESCRIPTORS],
-        unrecorded: &[],
-        routes: vec![],
-        route_of: |_| None,
-    };
+    let recording = Recording { descriptors: &[DESCRIPTORS], unrecorded: &[], routes: vec![] };
     let layer = MetricsLayer::new(&Registry::new(), recording).unwrap();
     for (name, messages) in [("unary", 1), ("stream of 100", 100)] {
         let mut group = criterion.benchmark_group(name);

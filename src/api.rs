@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::Router;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tower::{Layer as _, ServiceBuilder};
+use tower::Layer as _;
 
 use crate::{
     config::Settings,
@@ -14,7 +14,7 @@ use crate::{
     layers::{self, InFlight, ServedBy, UntilLeaving},
     metrics::{
         Metrics, MetricsError,
-        layer::{MetricsLayer, Received, Recording, Route},
+        layer::{Metered, MetricsLayer, Recording, Route},
     },
     orders::Orders,
     proto, rest,
@@ -45,7 +45,7 @@ pub struct Extra {
 
 /// The API, ready to be served.
 pub(crate) struct Api {
-    pub(crate) service: Received<Router>,
+    pub(crate) service: Metered<Router>,
     pub(crate) health: HealthReporter,
 }
 
@@ -91,10 +91,8 @@ pub(crate) async fn build(
         descriptors: &[proto::DESCRIPTORS, &extra.descriptors],
         unrecorded: &UNRECORDED,
         routes: [rest::metered_routes(), extra.http].concat(),
-        route_of: layers::route_of,
     };
     let layer = MetricsLayer::new(&metrics.registry, recording)?;
-    let received = layer.received();
     let router = Routes::new(grpc::service(orders.clone()))
         .into_axum_router()
         .merge(rest::routes(orders))
@@ -103,7 +101,8 @@ pub(crate) async fn build(
         .merge(streams.reset_fallback())
         .merge(extra.routes)
         .fallback(layers::no_such_route)
-        // Together, since every `Router::layer` boxes the request's future and body once more.
-        .layer(ServiceBuilder::new().layer(layer).layer(stack));
-    Ok(Api { service: received.layer(router), health })
+        // All in one, since every `Router::layer` boxes the request's future and body once more. It is
+        // the last call, so that the stack is around the fallback, too.
+        .layer(stack);
+    Ok(Api { service: layer.layer(router), health })
 }

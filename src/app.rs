@@ -15,7 +15,7 @@ use crate::{
     config::Settings,
     layers::{InFlight, ServedBy},
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
-    metrics::{ConnectionMetrics, Metrics, layer::Received},
+    metrics::{ConnectionMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
 };
 
@@ -144,7 +144,7 @@ impl ApiServer {
     fn start(
         socket: TcpListener,
         tls: Option<Tls>,
-        service: Received<Router>,
+        service: Metered<Router>,
         settings: &Settings,
         metrics: ConnectionMetrics,
     ) -> Self {

@@ -4,8 +4,8 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use axum::{body::Body, extract::MatchedPath};
-use http::{Extensions, HeaderMap, HeaderName, Request, Response};
+use axum::body::Body;
+use http::{HeaderMap, HeaderName, Request, Response};
 use tower::{Layer, Service, ServiceBuilder};
 
 use crate::{
@@ -96,11 +96,6 @@ pub fn protocol(headers: &HeaderMap) -> Protocol {
 /// server lives, and their streams have no end of their own.
 fn is_exempt(path: &str) -> bool {
     path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection.")
-}
-
-/// The template of the route that a request matched, as the metrics layer wants to know it.
-pub fn route_of(extensions: &Extensions) -> Option<&str> {
-    extensions.get::<MatchedPath>().map(MatchedPath::as_str)
 }
 
 /// The answer to a path that nothing is served on.

@@ -27,6 +27,12 @@ pub enum MetricsError {
         /// The label values that were asked for.
         wanted: Vec<String>,
     },
+    /// A template of an HTTP route that cannot be matched.
+    #[error(
+        "the route {0:?}: expected a path whose parameters are whole segments, as in \
+         /orders/{{order_id}}"
+    )]
+    Template(String),
     /// Descriptors of gRPC services that cannot be read.
     #[error("the gRPC descriptors: {0}")]
     Descriptors(#[from] prost::DecodeError),

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use axum::{
     Json, Router,
-    extract::{Path, RawQuery, Request, State},
+    extract::{Path, RawQuery, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{MethodRouter, get},
@@ -24,6 +24,11 @@ mod body;
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
+/// The templates of the routes, for the router and for the metrics layer alike.
+const PRODUCT: &str = "/product";
+const ORDERS: &str = "/orders";
+const ORDER: &str = "/orders/{order_id}";
+
 /// What `GET /product` orders when the query does not say.
 const DEFAULT_PRODUCT: &str = "book";
 
@@ -32,9 +37,9 @@ pub fn routes(orders: Orders) -> Router {
     // axum would answer HEAD by the handler of GET, and a HEAD would place an order.
     let product = get(place_by_query).head(product_methods).post(place_by_body);
     Router::new()
-        .route("/product", product.fallback(product_methods))
-        .route("/orders", reads(get(list)))
-        .route("/orders/{order_id}", reads(get(read)))
+        .route(PRODUCT, product.fallback(product_methods))
+        .route(ORDERS, reads(get(list)))
+        .route(ORDER, reads(get(read)))
         .with_state(orders)
 }
 
@@ -46,9 +51,9 @@ pub fn metered_routes() -> Vec<Route> {
     const READING: &[u16] = &[200, 404, 500, 503, 504];
     const LISTING: &[u16] = &[200, 422, 500, 503, 504];
     vec![
-        Route::new("/product", &[(Method::GET, PLACING_BY_QUERY), (Method::POST, PLACING)]),
-        Route::new("/orders", &[(Method::GET, LISTING), (Method::HEAD, LISTING)]),
-        Route::new("/orders/{order_id}", &[(Method::GET, READING), (Method::HEAD, READING)]),
+        Route::new(PRODUCT, &[(Method::GET, PLACING_BY_QUERY), (Method::POST, PLACING)]),
+        Route::new(ORDERS, &[(Method::GET, LISTING), (Method::HEAD, LISTING)]),
+        Route::new(ORDER, &[(Method::GET, READING), (Method::HEAD, READING)]),
     ]
 }
 
@@ -102,9 +107,11 @@ async fn place_by_body(State(orders): State<Orders>, request: Request) -> Result
 /// `GET /orders/{order_id}`
 async fn read(
     State(orders): State<Orders>,
-    Path(order_id): Path<String>,
+    order_id: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Json<OrderJson>, Error> {
+    // axum refuses what is no UTF-8 once it is decoded; that, too, is no id.
+    let Path(order_id) = order_id.map_err(|_| Error::NoSuchOrder)?;
     let order = orders.get(&order_id, Deadline::of(request.extensions())).await?;
     Ok(Json(order.into()))
 }

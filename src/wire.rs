@@ -16,16 +16,37 @@ pub fn first<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h Header
 
 /// Whether a request is a gRPC call, told by its content type; gRPC-Web is none.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
+    first(headers, &header::CONTENT_TYPE).is_some_and(names_grpc)
+}
+
+/// Both in one walk over the headers: whether a request is a gRPC call and, if it is, how long its
+/// client waits, as [`timeout`] says.
+pub fn call(headers: &HeaderMap) -> Option<Option<Duration>> {
+    let (mut content_type, mut timeout) = (None, None);
+    for (name, value) in headers {
+        if name == header::CONTENT_TYPE {
+            content_type.get_or_insert(value);
+        } else if name == GRPC_TIMEOUT {
+            timeout.get_or_insert(value);
+        }
+    }
+    content_type.filter(|value| names_grpc(value)).map(|_| timeout.and_then(parse_timeout))
+}
+
+fn names_grpc(content_type: &HeaderValue) -> bool {
     const GRPC: &[u8] = b"application/grpc";
-    let content_type = first(headers, &header::CONTENT_TYPE).map(HeaderValue::as_bytes);
-    let parameters = content_type.and_then(|value| value.strip_prefix(GRPC));
+    let parameters = content_type.as_bytes().strip_prefix(GRPC);
     matches!(parameters, Some([] | [b'+' | b';', ..]))
 }
 
 /// How long the client waits for the answer: at most eight digits and a unit. What is no such value
 /// is as good as none.
 pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
-    let (unit, digits) = first(headers, &GRPC_TIMEOUT)?.as_bytes().split_last()?;
+    first(headers, &GRPC_TIMEOUT).and_then(parse_timeout)
+}
+
+fn parse_timeout(value: &HeaderValue) -> Option<Duration> {
+    let (unit, digits) = value.as_bytes().split_last()?;
     if !(1..=8).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_digit) {
         return None;
     }
@@ -79,6 +100,29 @@ mod tests {
             assert_eq!(parse(bad), None, "{bad:?}");
         }
         assert_eq!(timeout(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn one_walk_finds_what_two_find() {
+        let read = |headers: &[(&'static str, &'static str)]| {
+            let headers = headers.iter().map(|(name, value)| {
+                (HeaderName::from_static(name), HeaderValue::from_static(value))
+            });
+            let mut map = HeaderMap::new();
+            headers.for_each(|(name, value)| _ = map.append(name, value));
+            assert_eq!(call(&map).is_some(), is_grpc(&map));
+            assert_eq!(call(&map).flatten(), timeout(&map).filter(|_| is_grpc(&map)));
+            call(&map)
+        };
+        let second = Some(Duration::from_secs(1));
+        assert_eq!(read(&[]), None);
+        assert_eq!(read(&[("grpc-timeout", "1S")]), None);
+        assert_eq!(read(&[("content-type", "text/plain"), ("grpc-timeout", "1S")]), None);
+        assert_eq!(read(&[("te", "trailers"), ("content-type", "application/grpc")]), Some(None));
+        let both = ("content-type", "application/grpc");
+        assert_eq!(read(&[("grpc-timeout", "1S"), both]), Some(second));
+        assert_eq!(read(&[("grpc-timeout", "1S"), ("grpc-timeout", "2S"), both]), Some(second));
+        assert_eq!(read(&[both, ("content-type", "text/plain")]), Some(None));
     }
 
     proptest! {

@@ -4,18 +4,19 @@
 //! `unlayered` shows it.)
 
 use std::{
-    pin::Pin,
+    convert::Infallible,
+    pin::{Pin, pin},
     task::{Context, Poll},
 };
 
-use axum::{Router, body::Body, extract::MatchedPath, routing::get};
+use axum::{Router, body::Body, routing::get};
 use axum_prometheus::PrometheusMetricLayer;
 use bytes::Bytes;
-use http::{Extensions, Method, Request, Response};
+use http::{Method, Request, Response};
 use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt as _, Full};
 use order_service::{
-    metrics::layer::{MetricsLayer, Received, Recording, Route},
+    metrics::layer::{Metered, MetricsLayer, Recording, Route},
     proto::{
         DESCRIPTORS, GetRequest, GetResponse, ListRequest, ListResponse, Order, PlaceRequest,
         PlaceResponse,
@@ -101,14 +102,10 @@ impl http_body::Body for Passed {
     }
 }
 
-fn route_of(extensions: &Extensions) -> Option<&str> {
-    extensions.get::<MatchedPath>().map(MatchedPath::as_str)
-}
-
 /// One side: the service under one layer.
 pub enum Side {
     Plain(Router),
-    Ours(Received<Router>, Registry),
+    Ours(Metered<Router>, Registry),
 }
 
 impl Side {
@@ -123,11 +120,9 @@ impl Side {
                     descriptors: &[DESCRIPTORS],
                     unrecorded: &[],
                     routes: vec![Route::new("/product", &[(Method::GET, &[200])])],
-                    route_of,
                 };
                 let layer = MetricsLayer::new(&registry, recording).expect("a new registry");
-                let received = layer.received();
-                Self::Ours(received.layer(routes().layer((layer, own()))), registry)
+                Self::Ours(layer.layer(routes().layer(own())), registry)
             }
             "tonic_prometheus_layer" => {
                 Self::Plain(routes().layer((tonic_prometheus_layer::MetricsLayer::new(), own())))
@@ -141,17 +136,24 @@ impl Side {
 
     /// One call, read to its end.
     pub async fn call(&mut self, request: Request<Full<Bytes>>) {
-        let response: Response<Body> = match self {
-            Self::Plain(router) => router.call(request).await.expect("routers do not fail"),
-            Self::Ours(router, _) => router.call(request).await.expect("routers do not fail"),
-        };
-        assert!(response.status().is_success());
-        let mut body = response.into_body();
-        while let Some(frame) = body.frame().await {
-            // hyper stops at the trailers.
-            if frame.expect("bodies do not fail").is_trailers() {
-                break;
-            }
+        match self {
+            Self::Plain(router) => read(router.call(request).await).await,
+            Self::Ours(router, _) => read(router.call(request).await).await,
+        }
+    }
+}
+
+/// Reads a response as hyper does, which stops at the trailers.
+async fn read<B>(response: Result<Response<B>, Infallible>)
+where
+    B: http_body::Body<Data = Bytes, Error = axum::Error>,
+{
+    let response = response.expect("routers do not fail");
+    assert!(response.status().is_success());
+    let mut body = pin!(response.into_body());
+    while let Some(frame) = body.frame().await {
+        if frame.expect("bodies do not fail").is_trailers() {
+            break;
         }
     }
 }

@@ -3,9 +3,8 @@
 //! far as cancelled.
 //!
 //! Knows `http` and `prometheus` only. To use it, make a [`MetricsLayer`] from the descriptors of the
-//! gRPC services and the list of HTTP routes, put [`MetricsLayer`] outermost around the routes (with
-//! axum: `Router::layer` as the last call, so that the route is known), and
-//! [`MetricsLayer::received`] around the whole.
+//! gRPC services and the list of HTTP routes, and put it around everything, the router included: in
+//! axum that is `layer.layer(router)`, not `Router::layer`, which would box the bodies once more.
 
 use std::{
     pin::Pin,
@@ -13,7 +12,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use http::{Extensions, Request, Response};
+use http::{Request, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use prometheus::Registry;
@@ -27,13 +26,10 @@ mod families;
 mod guard;
 mod messages;
 mod received;
+mod routes;
 mod table;
 
-pub use self::{
-    body::Recorded,
-    received::{Received, ReceivedBody, ReceivedLayer},
-    table::{Route, UNMATCHED},
-};
+pub use self::{body::Recorded, received::Received, routes::Route, table::UNMATCHED};
 
 /// What a layer records.
 #[derive(Debug, Clone)]
@@ -45,8 +41,6 @@ pub struct Recording<'a> {
     pub unrecorded: &'a [&'a str],
     /// The HTTP routes; requests of all others are [`UNMATCHED`].
     pub routes: Vec<Route>,
-    /// The route of a request, from its extensions.
-    pub route_of: fn(&Extensions) -> Option<&str>,
 }
 
 /// See the [module](self).
@@ -59,15 +53,10 @@ impl MetricsLayer {
     /// Creates and registers the families, with every child that can ever be, at 0.
     ///
     /// # Errors
-    /// If descriptors cannot be read, a family is registered already, or two sets of labels would
-    /// share a series.
+    /// If descriptors or a route's template cannot be read, a family is registered already, or two sets
+    /// of labels would share a series.
     pub fn new(registry: &Registry, recording: Recording<'_>) -> Result<Self, MetricsError> {
         Ok(Self { table: Arc::new(Table::new(registry, recording)?) })
-    }
-
-    /// The layer that counts received messages, for outside of whatever boxes the request's body.
-    pub fn received(&self) -> ReceivedLayer {
-        ReceivedLayer::new(self.table.clone())
     }
 }
 
@@ -88,7 +77,7 @@ pub struct Metered<S> {
 
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Metered<S>
 where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S: Service<Request<Received<ReqBody>>, Response = Response<ResBody>>,
     ResBody: Body<Data: AsRef<[u8]>>,
 {
     type Response = Response<Recorded<ResBody>>;
@@ -101,6 +90,8 @@ where
 
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let mut guard = Guard::start(&self.table, &request);
+        let received = guard.as_ref().and_then(Guard::grpc).map(|call| call.received.clone());
+        let request = request.map(|body| Received::new(body, received));
         // A panic in the call itself drops the guard, too.
         let inner = Guard::polling(&mut guard, || self.inner.call(request));
         RecordFuture { inner, guard }

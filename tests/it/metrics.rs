@@ -17,7 +17,7 @@ use tonic_prost::ProstCodec;
 
 use crate::{
     in_process::{InProcess, STREAM, assert_at_rest, count, in_flight, place},
-    support::{Page, Process, channel, scrape_until},
+    support::{Page, Process, channel, exchange, scrape_until},
 };
 
 #[tokio::test]
@@ -159,6 +159,48 @@ async fn http_requests_are_recorded_by_route_method_and_code() {
     let page = server.scrape().await;
     assert_eq!(page.value("request_panics_total", &["protocol=\"http\""]), 2.0);
     assert_eq!(page.value("product_order_total", &[]), 2.0);
+    server.stop().await;
+}
+
+/// The layer is outside of the router and decides by itself which route a path is of: what the router
+/// answers shows which one it took.
+#[tokio::test]
+async fn the_layer_and_the_router_take_a_path_for_the_same_route() {
+    let server = InProcess::start(&[]).await;
+    for (path, url, code) in [
+        ("/product", "/product", "200"),
+        ("/product?x=/orders", "/product", "200"),
+        ("/product/", "unmatched", "404"),
+        ("//product", "unmatched", "404"),
+        ("/product/x", "unmatched", "404"),
+        ("/PRODUCT", "unmatched", "404"),
+        ("/%70roduct", "unmatched", "404"),
+        ("/product%2F", "unmatched", "404"),
+        ("/orders", "/orders", "200"),
+        ("/orders/", "unmatched", "404"),
+        ("/orders//", "unmatched", "404"),
+        ("/orders/x", "/orders/{order_id}", "404"),
+        ("/orders/%2F", "/orders/{order_id}", "404"),
+        ("/orders/%ff", "/orders/{order_id}", "404"),
+        ("/orders/x%00", "/orders/{order_id}", "404"),
+        ("/orders/x/", "unmatched", "404"),
+        ("/orders/x/y", "unmatched", "404"),
+        ("/orders/{order_id}", "/orders/{order_id}", "404"),
+        ("*", "unmatched", "404"),
+        ("http://x/product", "/product", "200"),
+        ("/orders.v1.OrderService", "unmatched", "404"),
+    ] {
+        let request = async {
+            let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+            let answer = exchange(server.api, request.as_bytes()).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{path}: {answer}");
+            if code == "404" {
+                let kind = if url == "unmatched" { "no-such-route" } else { "no-such-order" };
+                assert!(answer.contains(kind), "{path}: {answer}");
+            }
+        };
+        server.records_http(url, "GET", code, request).await;
+    }
     server.stop().await;
 }
 

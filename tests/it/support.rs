@@ -12,7 +12,8 @@ use order_service::proto::order_service_client::OrderServiceClient;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::TcpStream,
     process::{Child, Command},
     sync::watch,
     time::timeout,
@@ -165,6 +166,15 @@ pub fn database_in(dir: &Path) -> String {
 pub async fn channel(address: SocketAddr) -> Channel {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     endpoint.connect().await.unwrap()
+}
+
+/// Sends these bytes on a connection of their own and reads until the server closes it.
+pub async fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(bytes).await.unwrap();
+    let mut answer = Vec::new();
+    timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("it closes").unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 /// A scraped metrics page.

@@ -37,6 +37,8 @@ const CLIENT_CLOSED_REQUEST: u16 = 499;
 pub(super) struct Guard {
     table: Arc<Table>,
     call: Call,
+    /// A response to HEAD has no body, whatever its handler made.
+    is_head: bool,
     started: Instant,
     /// Whether code of the inner service is running: the guard is dropped then only if it panicked.
     polling: bool,
@@ -56,27 +58,31 @@ enum Call {
         index: HttpIndex,
         /// By the head.
         code: u16,
-        /// A response to HEAD has no body, whatever its handler made.
-        is_head: bool,
     },
 }
 
 impl Guard {
     /// Begins to record a request; `None` if it is not to be recorded.
     pub(super) fn start<B>(table: &Arc<Table>, request: &Request<B>) -> Option<Self> {
-        let call = if wire::is_grpc(request.headers()) {
+        let call = if let Some(timeout) = wire::call(request.headers()) {
             let index = table.find_grpc(request.uri().path())?;
             table.grpc(index).started.inc();
             table.in_flight[Protocol::Grpc as usize].inc();
-            Call::Grpc { index, timeout: wire::timeout(request.headers()), code: UNKNOWN }
+            Call::Grpc { index, timeout, code: UNKNOWN }
         } else {
-            let index = table.find_http(request.extensions(), request.method());
+            let index = table.find_http(request.uri().path(), request.method());
             table.in_flight[Protocol::Http as usize].inc();
             let code = StatusCode::INTERNAL_SERVER_ERROR.as_u16();
-            Call::Http { index, code, is_head: request.method() == Method::HEAD }
+            Call::Http { index, code }
         };
-        let table = table.clone();
-        Some(Self { table, call, started: Instant::now(), polling: false, finished: false })
+        Some(Self {
+            table: table.clone(),
+            call,
+            is_head: request.method() == Method::HEAD,
+            started: Instant::now(),
+            polling: false,
+            finished: false,
+        })
     }
 
     /// Runs code of the inner service, so that a panic in it is known from a cancellation.
@@ -129,8 +135,7 @@ impl Guard {
     /// Whether the response has no body by its request or its code (RFC 9110, 6.4.1): hyper drops it
     /// unpolled.
     pub(super) fn is_bodiless(&self, status: StatusCode) -> bool {
-        matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
-            || matches!(self.call, Call::Http { is_head: true, .. })
+        self.is_head || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
     }
 
     fn finish(&mut self) {

@@ -15,6 +15,14 @@ pub(super) struct Messages {
 impl Messages {
     /// How many messages end in these bytes.
     pub(super) fn count(&mut self, mut bytes: &[u8]) -> u64 {
+        // Nearly always a frame is one message.
+        if self.prefix == 0
+            && self.rest == 0
+            && let [_, a, b, c, d, message @ ..] = bytes
+            && u32::from_be_bytes([*a, *b, *c, *d]) as usize == message.len()
+        {
+            return 1;
+        }
         let mut ended = 0;
         while let Some((&byte, after)) = bytes.split_first() {
             if self.rest > 0 {
@@ -24,7 +32,7 @@ impl Messages {
                 ended += u64::from(self.rest == 0);
                 continue;
             }
-            // Nearly always a prefix is in one piece.
+            // Mostly a prefix is in one piece.
             if self.prefix == 0
                 && let [_, a, b, c, d, after @ ..] = bytes
             {

@@ -1,87 +1,35 @@
-//! Counts the messages that gRPC calls receive. It is a layer of its own since it must see the
-//! request's body before a router boxes it: inside, a body of our own would cost every request an
-//! allocation.
+//! The body of a recorded request, which counts the gRPC messages that are read from it.
 
 use std::{
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use http::Request;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tower::{Layer, Service};
+use prometheus::IntCounter;
 
-use super::{
-    messages::Messages,
-    table::{GrpcIndex, Table},
-};
-use crate::wire;
-
-/// See [`MetricsLayer::received`](super::MetricsLayer::received).
-#[derive(Debug, Clone)]
-pub struct ReceivedLayer {
-    table: Arc<Table>,
-}
-
-impl ReceivedLayer {
-    pub(super) fn new(table: Arc<Table>) -> Self {
-        Self { table }
-    }
-}
-
-impl<S> Layer<S> for ReceivedLayer {
-    type Service = Received<S>;
-
-    fn layer(&self, inner: S) -> Received<S> {
-        Received { inner, table: self.table.clone() }
-    }
-}
-
-/// A service whose received gRPC messages are counted.
-#[derive(Debug, Clone)]
-pub struct Received<S> {
-    inner: S,
-    table: Arc<Table>,
-}
-
-impl<S, B> Service<Request<B>> for Received<S>
-where
-    S: Service<Request<ReceivedBody<B>>>,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = S::Future;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<B>) -> S::Future {
-        let call = if wire::is_grpc(request.headers()) {
-            self.table.find_grpc(request.uri().path())
-        } else {
-            None
-        };
-        let counted = call.map(|index| (self.table.clone(), index));
-        let body = |inner| ReceivedBody { inner, counted, messages: Messages::default() };
-        self.inner.call(request.map(body))
-    }
-}
+use super::messages::Messages;
 
 pin_project! {
     /// A request's body whose messages are counted as they are read.
     #[derive(Debug)]
-    pub struct ReceivedBody<B> {
+    pub struct Received<B> {
         #[pin]
         inner: B,
-        counted: Option<(Arc<Table>, GrpcIndex)>,
+        counter: Option<IntCounter>,
         messages: Messages,
     }
 }
 
-impl<B> Body for ReceivedBody<B>
+impl<B> Received<B> {
+    /// Without a counter nothing is counted.
+    pub(super) fn new(inner: B, counter: Option<IntCounter>) -> Self {
+        Self { inner, counter, messages: Messages::default() }
+    }
+}
+
+impl<B> Body for Received<B>
 where
     B: Body<Data: AsRef<[u8]>>,
 {
@@ -94,10 +42,10 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
         let frame = ready!(this.inner.poll_frame(cx));
-        if let (Some(Ok(frame)), Some((table, index))) = (&frame, &this.counted)
+        if let (Some(Ok(frame)), Some(counter)) = (&frame, this.counter)
             && let Some(data) = frame.data_ref()
         {
-            table.grpc(*index).received.inc_by(this.messages.count(data.as_ref()));
+            counter.inc_by(this.messages.count(data.as_ref()));
         }
         Poll::Ready(frame)
     }

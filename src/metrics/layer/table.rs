@@ -1,6 +1,6 @@
 //! Every child of the layer's families, resolved at the start: to record is to index.
 
-use http::{Extensions, Method};
+use http::Method;
 use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec, Opts, Registry};
 use prost::Message as _;
 use prost_types::{FileDescriptorSet, MethodDescriptorProto};
@@ -9,6 +9,7 @@ use super::{
     super::{MetricsError, PROTOCOLS, child, registered},
     Recording,
     families::{GrpcFamilies, HttpFamilies},
+    routes::{Route, Template},
 };
 
 /// The route of requests that match none.
@@ -45,21 +46,6 @@ const ANYWHERE: [u16; 4] = [499, 500, 503, 504];
 const UNSERVED: [u16; 1] = [405];
 const NO_ROUTE: [u16; 3] = [404, 405, 415];
 
-/// An HTTP route.
-#[derive(Debug, Clone)]
-pub struct Route {
-    path: &'static str,
-    methods: Vec<(Method, &'static [u16])>,
-}
-
-impl Route {
-    /// The template of a route, and the methods it serves, each with the codes that it can answer
-    /// with; 499, 500, 503 and 504 are always among them.
-    pub fn new(path: &'static str, methods: &[(Method, &'static [u16])]) -> Self {
-        Self { path, methods: methods.to_vec() }
-    }
-}
-
 #[derive(Debug)]
 pub(super) struct Table {
     /// By path, in no order: a comparison ends at the length of nearly every other path. The last, of
@@ -67,9 +53,9 @@ pub(super) struct Table {
     grpc: Vec<(String, GrpcHandles)>,
     /// `/package.Service/` of the services that are not recorded.
     unrecorded: Vec<String>,
-    /// By template, likewise; the last is for what is unmatched.
-    http: Vec<(&'static str, HttpRoute)>,
-    route_of: fn(&Extensions) -> Option<&str>,
+    /// In the order in which a path is to be tried; what fits none is unmatched.
+    http: Vec<(Template, HttpRoute)>,
+    unmatched: HttpRoute,
     /// In the order of `PROTOCOLS`.
     pub(super) in_flight: [IntGauge; 2],
 }
@@ -141,9 +127,11 @@ impl Table {
                 let own = methods.iter().find(|(served, _)| served == method);
                 own.map_or(&UNSERVED[..], |(_, codes)| codes)
             };
-            http.push((path, HttpRoute::new(&families, path, &served, codes)?));
+            let route = HttpRoute::new(&families, path, &served, codes)?;
+            http.push((Template::parse(path)?, route));
         }
-        http.push((UNMATCHED, HttpRoute::new(&families, UNMATCHED, &served, |_| &NO_ROUTE)?));
+        http.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let unmatched = HttpRoute::new(&families, UNMATCHED, &served, |_| &NO_ROUTE)?;
         registered(registry, families.requests)?;
         registered(registry, families.seconds)?;
 
@@ -156,8 +144,7 @@ impl Table {
         )?;
         let in_flight = [child(&in_flight, &[PROTOCOLS[0]])?, child(&in_flight, &[PROTOCOLS[1]])?];
         let unrecorded = recording.unrecorded.iter().map(|name| format!("/{name}/")).collect();
-        let route_of = recording.route_of;
-        Ok(Self { grpc, unrecorded, http, route_of, in_flight })
+        Ok(Self { grpc, unrecorded, http, unmatched, in_flight })
     }
 
     /// `None` if the call is not recorded.
@@ -173,19 +160,21 @@ impl Table {
         &self.grpc[index].1
     }
 
-    pub(super) fn find_http(&self, extensions: &Extensions, method: &Method) -> HttpIndex {
-        let template = (self.route_of)(extensions);
-        let route = template
-            .and_then(|template| self.http.iter().position(|(known, _)| *known == template));
-        let route = route.unwrap_or(self.http.len() - 1);
-        let methods = &self.http[route].1.methods;
+    pub(super) fn find_http(&self, path: &str, method: &Method) -> HttpIndex {
+        let route = self.http.iter().position(|(template, _)| template.fits(path));
+        let route = route.unwrap_or(self.http.len());
+        let methods = &self.route(route).methods;
         let method = methods.iter().position(|(known, _)| known == method);
         HttpIndex { route, method: method.unwrap_or(methods.len()) }
     }
 
     pub(super) fn http(&self, HttpIndex { route, method }: HttpIndex) -> &HttpHandles {
-        let route = &self.http[route].1;
+        let route = self.route(route);
         route.methods.get(method).map_or(&route.other, |(_, handles)| handles)
+    }
+
+    fn route(&self, index: usize) -> &HttpRoute {
+        self.http.get(index).map_or(&self.unmatched, |(_, route)| route)
     }
 }
 

@@ -55,7 +55,7 @@ fn a_call_is_counted_by_its_trailers_once_and_not_before() {
     ] {
         let registry = Registry::new();
         let layer = layer(&registry);
-        let mut service = layer.layer(service_fn(|_: Request<Empty<Bytes>>| {
+        let mut service = layer.layer(service_fn(|_: Request<Received<Empty<Bytes>>>| {
             let script = Script::new(vec![data(&[0, 0, 0, 0, 1, 7]), trailers(status)], Then::Wait);
             ready(Ok::<_, Infallible>(Response::new(script)))
         }));
@@ -126,7 +126,7 @@ fn each_end_of_a_request_has_its_code() {
     ] {
         let registry = Registry::new();
         let response = head.map(|()| Script::new(frames, then));
-        answer(&layer(&registry), http(Method::GET, Some("/product")), response, polls);
+        answer(&layer(&registry), http(Method::GET, "/product"), response, polls);
         let page = page(&registry);
         assert_eq!(requests(&page, "/product", "GET", code), 1.0, "{then:?} {polls} {code}");
         assert_eq!(sum(&page, "http_requests_total_with_path"), 1.0);
@@ -140,9 +140,13 @@ fn a_response_to_head_ends_at_its_head() {
     let layer = layer(&registry);
     let response = Response::builder().status(405).header("content-length", "9").body(());
     let response = response.unwrap().map(|()| Script::new(vec![data(b"forbidden")], Then::End));
-    answer(&layer, http(Method::HEAD, Some("/product")), response, 0);
+    answer(&layer, http(Method::HEAD, "/product"), response, 0);
+    let mut call = grpc(PLACE);
+    *call.method_mut() = Method::HEAD;
+    answer(&layer, call, Response::new(Script::new(vec![data(b"x")], Then::Wait)), 0);
     let page = page(&registry);
     assert_eq!(requests(&page, "/product", "HEAD", "405"), 1.0);
+    assert_eq!(handled(&page, "Unknown"), 1.0);
     assert_at_rest(&page);
 }
 
@@ -150,11 +154,11 @@ fn a_response_to_head_ends_at_its_head() {
 fn a_request_dropped_before_its_head_is_cancelled_or_too_late() {
     let registry = Registry::new();
     let layer = layer(&registry);
-    let mut service = layer.layer(service_fn(|_: Request<Empty<Bytes>>| {
+    let mut service = layer.layer(service_fn(|_: Request<Received<Empty<Bytes>>>| {
         pending::<Result<Response<Script>, Infallible>>()
     }));
     drop(service.call(grpc(PLACE)));
-    drop(service.call(http(Method::GET, Some("/product"))));
+    drop(service.call(http(Method::GET, "/product")));
     let mut late = grpc(PLACE);
     // It has passed by the time the request is dropped.
     late.headers_mut().insert("grpc-timeout", HeaderValue::from_static("0n"));
@@ -169,17 +173,17 @@ fn a_request_dropped_before_its_head_is_cancelled_or_too_late() {
 fn a_service_that_fails_or_panics_is_recorded() {
     let registry = Registry::new();
     let layer = layer(&registry);
-    let mut failing = layer.layer(service_fn(|_: Request<Empty<Bytes>>| {
+    let mut failing = layer.layer(service_fn(|_: Request<Received<Empty<Bytes>>>| {
         ready(Err::<Response<Script>, _>("it failed"))
     }));
-    let mut panicking = layer.layer(service_fn(|_: Request<Empty<Bytes>>| async {
+    let mut panicking = layer.layer(service_fn(|_: Request<Received<Empty<Bytes>>>| async {
         if true {
             panic!("a bug");
         }
         Ok::<_, Infallible>(Response::new(Script::new(vec![], Then::End)))
     }));
     let cx = &mut Context::from_waker(Waker::noop());
-    for request in [grpc(PLACE), http(Method::POST, Some("/product"))] {
+    for request in [grpc(PLACE), http(Method::POST, "/product")] {
         let mut future = Box::pin(failing.call(request.clone()));
         assert!(future.as_mut().poll(cx).is_ready());
         let mut future = Box::pin(panicking.call(request));
@@ -204,9 +208,9 @@ fn strangers_share_a_few_series() {
         answer(&layer, grpc(&format!("/stranger.v{i}.Service/Call{i}")), done(StatusCode::OK), 0);
         answer(&layer, grpc(&format!("/orders.v1.OrderService/Call{i}")), done(StatusCode::OK), 0);
         let method = Method::from_bytes(format!("METHOD{i}").as_bytes()).unwrap();
-        answer(&layer, http(method, None), done(StatusCode::NOT_FOUND), 0);
+        answer(&layer, http(method, &format!("/stranger/{i}")), done(StatusCode::NOT_FOUND), 0);
         let code = StatusCode::from_u16(100 + i % 900).unwrap();
-        answer(&layer, http(Method::GET, Some("/product")), done(code), 0);
+        answer(&layer, http(Method::GET, "/product"), done(code), 0);
     }
     let page = page(&registry);
     assert_eq!(page.lines().count(), before);
@@ -230,8 +234,7 @@ fn unrecorded_services_leave_no_trace() {
 fn a_second_layer_on_the_same_registry_is_refused() {
     let registry = Registry::new();
     layer(&registry);
-    let recording =
-        Recording { descriptors: &[], unrecorded: &[], routes: vec![], route_of: |_| None };
+    let recording = Recording { descriptors: &[], unrecorded: &[], routes: vec![] };
     assert!(matches!(MetricsLayer::new(&registry, recording), Err(MetricsError::Family(_))));
 }
 
@@ -252,16 +255,10 @@ fn labels_that_would_share_a_series_are_refused() {
         ..Default::default()
     };
     let set = FileDescriptorSet { file: vec![file] }.encode_to_vec();
-    let recording =
-        Recording { descriptors: &[&set], unrecorded: &[], routes: vec![], route_of: |_| None };
+    let recording = Recording { descriptors: &[&set], unrecorded: &[], routes: vec![] };
     let refused = MetricsLayer::new(&Registry::new(), recording);
     assert!(matches!(refused, Err(MetricsError::Shared { .. })), "{refused:?}");
-    let recording = Recording {
-        descriptors: &[b"no set"],
-        unrecorded: &[],
-        routes: vec![],
-        route_of: |_| None,
-    };
+    let recording = Recording { descriptors: &[b"no set"], unrecorded: &[], routes: vec![] };
     let refused = MetricsLayer::new(&Registry::new(), recording);
     assert!(matches!(refused, Err(MetricsError::Descriptors(_))), "{refused:?}");
 }
@@ -269,11 +266,11 @@ fn labels_that_would_share_a_series_are_refused() {
 #[tokio::test]
 async fn received_messages_are_counted_across_frames() {
     let registry = Registry::new();
-    let received = layer(&registry).received();
-    let mut service = received.layer(service_fn(async |request: Request<ReceivedBody<Script>>| {
-        let read = request.into_body().collect().await.unwrap().to_bytes();
-        Ok::<_, Infallible>(Response::new(Full::new(read)))
-    }));
+    let mut service =
+        layer(&registry).layer(service_fn(async |request: Request<Received<Script>>| {
+            let read = request.into_body().collect().await.unwrap().to_bytes();
+            Ok::<_, Infallible>(Response::new(Full::new(read)))
+        }));
     let bytes = [0, 0, 0, 0, 2, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 9];
     let frames = bytes.chunks(4).map(data).collect();
     let request = grpc(PLACE).map(|_| Script::new(frames, Then::None));
@@ -305,10 +302,10 @@ proptest! {
                 _ => {}
             }
             let mut response = Some(Response::new(Script::new(frames, then)));
-            let mut service = layer.layer(service_fn(move |_: Request<Empty<Bytes>>| {
+            let mut service = layer.layer(service_fn(move |_: Request<Received<Empty<Bytes>>>| {
                 ready(Ok::<_, Infallible>(response.take().unwrap()))
             }));
-            let request = if *is_grpc { grpc(PLACE) } else { http(Method::GET, Some("/product")) };
+            let request = if *is_grpc { grpc(PLACE) } else { http(Method::GET, "/product") };
             let mut future = Box::pin(service.call(request));
             let Poll::Ready(Ok(response)) = future.as_mut().poll(cx) else { panic!("not ready") };
             bodies.push((response.into_body(), *polls));

@@ -20,16 +20,11 @@ pub(super) const PLACE: &str = "/orders.v1.OrderService/Place";
 pub(super) const PLACE_LABELS: &str =
     "grpc_method=\"Place\",grpc_service=\"orders.v1.OrderService\",grpc_type=\"unary\"";
 
-/// The route of a request, as a test says.
-#[derive(Clone)]
-pub(super) struct Template(&'static str);
-
 pub(super) fn layer(registry: &Registry) -> MetricsLayer {
     let recording = Recording {
         descriptors: &[DESCRIPTORS],
         unrecorded: &["grpc.health.v1.Health"],
         routes: vec![Route::new("/product", &[(Method::GET, &[200]), (Method::POST, &[201, 422])])],
-        route_of: |extensions| extensions.get::<Template>().map(|template| template.0),
     };
     MetricsLayer::new(registry, recording).unwrap()
 }
@@ -39,18 +34,8 @@ pub(super) fn grpc(path: &str) -> Request<Empty<Bytes>> {
     request.body(Empty::new()).unwrap()
 }
 
-pub(super) fn http(method: Method, template: Option<&'static str>) -> Request<Empty<Bytes>> {
-    let mut request = Request::builder().method(method).uri("/x").body(Empty::new()).unwrap();
-    request.extensions_mut().extend(
-        template
-            .map(|template| {
-                let mut extensions = Extensions::new();
-                extensions.insert(Template(template));
-                extensions
-            })
-            .unwrap_or_default(),
-    );
-    request
+pub(super) fn http(method: Method, path: &str) -> Request<Empty<Bytes>> {
+    Request::builder().method(method).uri(path).body(Empty::new()).unwrap()
 }
 
 pub(super) fn page(registry: &Registry) -> String {
@@ -169,7 +154,7 @@ pub(super) fn answer(
     polls: usize,
 ) {
     let mut response = Some(response);
-    let mut service = layer.layer(service_fn(move |_: Request<Empty<Bytes>>| {
+    let mut service = layer.layer(service_fn(move |_: Request<Received<Empty<Bytes>>>| {
         ready(Ok::<_, Infallible>(response.take().unwrap()))
     }));
     let cx = &mut Context::from_waker(Waker::noop());
