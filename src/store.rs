@@ -13,7 +13,7 @@ use tokio::{
 
 use self::{
     batcher::Queue,
-    engine::{Engine, Failure},
+    engine::{Engine, Failure, Remedy},
 };
 use crate::{
     config::DatabaseUrl,
@@ -145,8 +145,16 @@ impl Store {
         deadline: Instant,
     ) -> Result<T, StoreError> {
         match timeout_at(deadline, reading).await {
-            Ok(Ok(read)) => Ok(read),
-            Ok(Err(failure)) => Err(failure.for_caller()),
+            Ok(Ok(read)) => {
+                self.health.read_answered();
+                Ok(read)
+            }
+            Ok(Err(failure)) => {
+                if failure.remedy() != Remedy::OneByOne {
+                    self.health.read_failed(failure.cause.clone());
+                }
+                Err(failure.for_caller())
+            }
             Err(_) if self.health.is_failing() => Err(StoreError::Unavailable),
             Err(_) => Err(StoreError::DeadlineExceeded),
         }

@@ -25,11 +25,11 @@ use tokio::{
 
 use super::{
     NewOrder, StoreError, StoreHealth,
-    engine::{Engine, Failure, Remedy},
+    engine::{Engine, Failure, Outcome, Remedy},
 };
 use crate::{
-    metrics::StoreMetrics,
-    order::{Order, Placed},
+    metrics::{StoreErrorKind, StoreMetrics},
+    order::Placed,
 };
 
 /// Orders that may wait.
@@ -69,13 +69,6 @@ impl Queued {
         let (from, to) = (WAITING, if wanted { SENT } else { TAKEN_BACK });
         let step = self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
         wanted && step.is_ok()
-    }
-
-    /// The attempt failed, and surely did nothing.
-    fn not_sent(&self) {
-        if !self.maybe_stored {
-            self.state.store(WAITING, Ordering::Release);
-        }
     }
 }
 
@@ -117,10 +110,13 @@ impl Queue {
         let queued = Queued { new, deadline, state, reply, maybe_stored: false };
         // Before the order is there to be taken, so that the gauge never shows less than none.
         self.metrics.queue_orders.inc();
-        self.sender.try_send(queued).map_err(|_| {
+        if self.sender.try_send(queued).is_err() {
             self.metrics.queue_orders.dec();
-            StoreError::QueueFull
-        })?;
+            // While the store fails, those whose callers are long gone may fill the queue: that is
+            // no overload.
+            let failing = self.health.is_failing();
+            return Err(if failing { StoreError::Unavailable } else { StoreError::QueueFull });
+        }
         match timeout_at(deadline, answer).await {
             Ok(Ok(result)) => result,
             // The order was dropped because its time was up, as ours is.
@@ -192,59 +188,102 @@ impl Writer {
             }
             let orders: Vec<NewOrder> = batch.iter().map(|queued| queued.new.clone()).collect();
             let begun = Instant::now();
-            let failure = match self.engine.commit(&orders).await {
+            batch = match self.engine.commit(&orders).await {
                 Ok(outcomes) => {
                     self.metrics.commit_seconds.observe(begun.elapsed().as_secs_f64());
                     self.metrics.batch_orders.observe(batch.len() as f64);
                     self.health.answered();
-                    self.answer(batch, outcomes);
-                    return None;
+                    self.answer(batch, outcomes)
                 }
-                Err(failure) => failure,
+                Err(failure) => {
+                    self.metrics.errors(failure.kind).inc();
+                    for queued in &mut batch {
+                        queued.maybe_stored |= failure.outcome_unknown;
+                    }
+                    match failure.remedy() {
+                        Remedy::OneByOne if batch.len() > 1 => return Some(not_sent(batch)),
+                        Remedy::OneByOne => self.refuse(batch, failure).await,
+                        Remedy::Retry => {
+                            self.health.failed(failure.cause);
+                            batch
+                        }
+                        Remedy::GiveUp => {
+                            self.health.failed(failure.cause);
+                            give_up(batch)
+                        }
+                    }
+                }
             };
-            self.metrics.errors(failure.kind).inc();
-            let remedy = failure.remedy();
-            for queued in &mut batch {
-                queued.maybe_stored |= failure.outcome_unknown && remedy != Remedy::OneByOne;
-                queued.not_sent();
+            if batch.is_empty() {
+                return None;
             }
-            match remedy {
-                Remedy::Retry => self.health.failed(failure.cause),
-                Remedy::GiveUp => {
-                    self.health.failed(failure.cause);
-                    batch = give_up(batch);
-                }
-                Remedy::OneByOne if batch.len() > 1 => return Some(batch),
-                Remedy::OneByOne => {
-                    refuse(batch, &failure);
-                    return None;
-                }
-            }
+            batch = not_sent(batch);
             let random = rand::rng().random_range(0.5..1.0);
             sleep(back_off.mul_f64(random)).await;
             back_off = (back_off * 2).min(BACK_OFF.1);
         }
     }
 
-    fn answer(&self, batch: Vec<Queued>, outcomes: Vec<Option<Order>>) {
-        let new = outcomes.iter().filter(|outcome| outcome.is_none()).count();
+    /// Counts and answers the orders of a committed batch; returns those that are to be sent again.
+    fn answer(&self, batch: Vec<Queued>, outcomes: Vec<Outcome>) -> Vec<Queued> {
+        let new = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::New)).count();
         self.metrics.placed.inc_by(new as u64);
+        let mut missing = Vec::new();
         for (queued, outcome) in batch.into_iter().zip(outcomes) {
-            let asked = queued.new.order;
+            let asked = &queued.new.order;
             let result = match outcome {
-                None => Ok(Placed { order: asked, replayed: false }),
-                Some(earlier)
+                Outcome::New => Ok(Placed { order: asked.clone(), replayed: false }),
+                Outcome::Earlier(earlier)
                     if (&earlier.product_id, earlier.quantity)
                         == (&asked.product_id, asked.quantity) =>
                 {
                     Ok(Placed { order: earlier, replayed: true })
                 }
-                Some(_) => Err(StoreError::KeyReused),
+                Outcome::Earlier(_) => Err(StoreError::KeyReused),
+                Outcome::Unreadable(cause) => Err(StoreError::Internal(cause)),
+                Outcome::Missing => {
+                    self.metrics.errors(StoreErrorKind::Conflict).inc();
+                    missing.push(queued);
+                    continue;
+                }
             };
             // A caller that is gone was told that the outcome is unknown.
             let _ = queued.reply.send(result);
         }
+        missing
     }
+
+    /// The last word on an order that the database refuses. If an earlier attempt may have stored it,
+    /// that is looked up first; it is returned if even that has to be tried again.
+    async fn refuse(&self, batch: Vec<Queued>, failure: Failure) -> Vec<Queued> {
+        let mut again = Vec::new();
+        for queued in batch {
+            if queued.maybe_stored {
+                match self.engine.get(queued.new.order.id).await {
+                    Ok(Some(_)) => {
+                        again.extend(self.answer(vec![queued], vec![Outcome::New]));
+                        continue;
+                    }
+                    Err(failure) if failure.remedy() != Remedy::OneByOne => {
+                        self.health.failed(failure.cause);
+                        again.push(queued);
+                        continue;
+                    }
+                    Ok(None) | Err(_) => {}
+                }
+            }
+            let _ = queued.reply.send(Err(StoreError::Internal(failure.cause.clone())));
+        }
+        again
+    }
+}
+
+/// The attempt failed: its orders may be taken back, unless it may have stored them.
+fn not_sent(batch: Vec<Queued>) -> Vec<Queued> {
+    for queued in batch.iter().filter(|queued| !queued.maybe_stored) {
+        queued.state.store(WAITING, Ordering::Release);
+    }
+    batch
 }
 
 /// Answers those of which nothing was stored; the others are kept.
@@ -255,10 +294,4 @@ fn give_up(batch: Vec<Queued>) -> Vec<Queued> {
         let _ = queued.reply.send(Err(StoreError::Unavailable));
     }
     unknown
-}
-
-fn refuse(batch: Vec<Queued>, failure: &Failure) {
-    for queued in batch {
-        let _ = queued.reply.send(Err(StoreError::Internal(failure.cause.clone())));
-    }
 }

@@ -25,10 +25,9 @@ impl Engine {
         }
     }
 
-    /// Commits a batch with full durability. For each order: `None` if it is stored under the id that
-    /// it came with, else the order that its key had named before. Sending the same orders again is
-    /// safe, whatever became of the first attempt.
-    pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Option<Order>>, Failure> {
+    /// Commits a batch with full durability, and tells what became of each order. Sending the same
+    /// orders again is safe, whatever became of the first attempt.
+    pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
         match self {
             Self::Sqlite(engine) => engine.commit(batch).await,
             Self::Postgres(engine) => engine.commit(batch).await,
@@ -59,6 +58,20 @@ impl Engine {
             Self::Postgres(engine) => engine.close().await,
         }
     }
+}
+
+/// What became of one order of a batch that was committed.
+#[derive(Debug, Clone)]
+pub(super) enum Outcome {
+    /// It is stored under the id that it came with.
+    New,
+    /// Its key had placed this order before.
+    Earlier(Order),
+    /// Its key had placed an order before that cannot be read: the cause.
+    Unreadable(String),
+    /// It is not stored, nor is another of its key: that one was deleted, or its key pruned, between
+    /// the two statements. It is to be sent again.
+    Missing,
 }
 
 /// Why an attempt failed.
@@ -96,6 +109,11 @@ impl Failure {
             _ => (StoreErrorKind::Other, true),
         };
         Self { kind, outcome_unknown, cause: error.to_string() }
+    }
+
+    /// Whether the connection broke under the statements.
+    pub(super) fn is_of_connection(&self) -> bool {
+        self.kind == StoreErrorKind::Unavailable && self.outcome_unknown
     }
 
     /// What is to be done about a failed batch.

@@ -1,7 +1,10 @@
 //! How the store is, for readiness and for the log: an outage is told at its begin and at its end,
 //! not by every call that it fails.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// How the store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,10 +23,25 @@ pub enum StoreStatus {
     },
 }
 
-/// What the store's tasks note and others ask for; it does not hold the store open.
+/// What the store's calls note and others ask for; it does not hold the store open.
 #[derive(Debug, Clone)]
 pub struct StoreHealth {
-    status: Arc<Mutex<StoreStatus>>,
+    noted: Arc<Mutex<Noted>>,
+}
+
+/// Outages that begin so soon after another was logged belong to it: replicas that fight for a
+/// server's last connections fail and succeed by turns.
+const SAME_OUTAGE: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+struct Noted {
+    status: StoreStatus,
+    /// Whether only reads have failed: a read that succeeds ends that, and not an outage of writing.
+    reads_alone: bool,
+    /// When the begin of an outage was logged last.
+    logged: Option<Instant>,
+    /// Whether its end is yet to be logged.
+    end_is_due: bool,
 }
 
 impl Default for StoreHealth {
@@ -35,40 +53,88 @@ impl Default for StoreHealth {
 impl StoreHealth {
     /// Of a store that is being opened.
     pub fn new() -> Self {
-        Self { status: Arc::new(Mutex::new(StoreStatus::Opening { why: None })) }
+        let noted = Noted {
+            status: StoreStatus::Opening { why: None },
+            reads_alone: false,
+            logged: None,
+            end_is_due: false,
+        };
+        Self { noted: Arc::new(Mutex::new(noted)) }
     }
 
     /// How the store is now.
     pub fn status(&self) -> StoreStatus {
-        self.lock().clone()
+        self.lock().status.clone()
     }
 
     pub(super) fn is_failing(&self) -> bool {
-        matches!(*self.lock(), StoreStatus::Failing { .. })
+        matches!(self.lock().status, StoreStatus::Failing { .. })
     }
 
+    /// Each new reason is logged once.
     pub(super) fn not_open_yet(&self, why: String) {
-        tracing::warn!(cause = why, "the store does not answer yet");
-        *self.lock() = StoreStatus::Opening { why: Some(why) };
+        let mut noted = self.lock();
+        let known =
+            matches!(&noted.status, StoreStatus::Opening { why: Some(known) } if *known == why);
+        if !known {
+            tracing::warn!(cause = why, "the store does not answer yet");
+        }
+        noted.status = StoreStatus::Opening { why: Some(why) };
     }
 
+    /// A commit succeeded, or the opening.
     pub(super) fn answered(&self) {
-        let before = std::mem::replace(&mut *self.lock(), StoreStatus::Up);
-        if let StoreStatus::Failing { .. } = before {
+        self.lock().answered();
+    }
+
+    /// A read succeeded.
+    pub(super) fn read_answered(&self) {
+        let mut noted = self.lock();
+        if noted.reads_alone {
+            noted.answered();
+        }
+    }
+
+    /// A commit failed.
+    pub(super) fn failed(&self, why: String) {
+        let mut noted = self.lock();
+        noted.reads_alone = false;
+        noted.failed(why);
+    }
+
+    /// A read failed.
+    pub(super) fn read_failed(&self, why: String) {
+        let mut noted = self.lock();
+        noted.reads_alone |= noted.status == StoreStatus::Up;
+        if noted.reads_alone {
+            noted.failed(why);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Noted> {
+        // No code can panic while it holds the lock.
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Noted {
+    fn answered(&mut self) {
+        self.reads_alone = false;
+        let before = std::mem::replace(&mut self.status, StoreStatus::Up);
+        if let StoreStatus::Failing { .. } = before
+            && std::mem::take(&mut self.end_is_due)
+        {
             tracing::info!("the store answers again");
         }
     }
 
-    pub(super) fn failed(&self, why: String) {
-        let mut status = self.lock();
-        if !matches!(*status, StoreStatus::Failing { .. }) {
+    fn failed(&mut self, why: String) {
+        let begins = !matches!(self.status, StoreStatus::Failing { .. });
+        if begins && self.logged.is_none_or(|logged| logged.elapsed() >= SAME_OUTAGE) {
             tracing::warn!(cause = why, "the store fails; it is tried again until it answers");
+            self.logged = Some(Instant::now());
+            self.end_is_due = true;
         }
-        *status = StoreStatus::Failing { why };
-    }
-
-    fn lock(&self) -> MutexGuard<'_, StoreStatus> {
-        // No code can panic while it holds the lock.
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+        self.status = StoreStatus::Failing { why };
     }
 }

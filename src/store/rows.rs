@@ -1,12 +1,18 @@
 //! Rows to orders, alike for both engines.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::NewOrder;
-use crate::order::{Order, OrderId, Quantity};
+use super::{
+    NewOrder,
+    engine::{Failure, Outcome},
+};
+use crate::{
+    metrics::StoreErrorKind,
+    order::{Order, OrderId, Quantity},
+};
 
 /// Milliseconds since 1970.
 pub(super) fn millis(time: SystemTime) -> i64 {
@@ -14,54 +20,61 @@ pub(super) fn millis(time: SystemTime) -> i64 {
     since_1970.as_millis().try_into().expect("milliseconds since 1970 fit an i64")
 }
 
-/// A stored order and its key.
+/// A row: what names it, and the order, if another program has not written what can be none.
 pub(super) struct Stored {
-    pub(super) order: Order,
-    pub(super) key: Option<String>,
+    id: OrderId,
+    key: Option<String>,
+    order: Result<Order, String>,
 }
 
 impl Stored {
-    /// The row's columns, or what is wrong with them: only another program can have written that.
     pub(super) fn new(
         id: [u8; 16],
         product_id: &str,
         quantity: i64,
         key: Option<String>,
         placed_at: i64,
-    ) -> Result<Self, String> {
+    ) -> Self {
         let id = OrderId::from_bytes(id);
-        let wrong = |column: &str| format!("the stored order {id} has a {column} out of range");
-        let product_id = product_id.parse().map_err(|_| wrong("product_id"))?;
-        let quantity = u64::try_from(quantity).ok().and_then(|n| Quantity::try_from(n).ok());
-        let quantity = quantity.ok_or_else(|| wrong("quantity"))?;
-        let millis = u64::try_from(placed_at).map_err(|_| wrong("placed_at"))?;
-        let placed_at = UNIX_EPOCH + Duration::from_millis(millis);
-        Ok(Self { order: Order { id, product_id, quantity, placed_at }, key })
+        Self { id, key, order: order(id, product_id, quantity, placed_at) }
+    }
+
+    /// The order, for a reader.
+    pub(super) fn into_order(self) -> Result<Order, Failure> {
+        self.order.map_err(|cause| Failure::nothing_done(StoreErrorKind::Other, cause))
     }
 }
 
-/// For each order of a batch what [`Engine::commit`](super::engine::Engine::commit) tells, from the
-/// rows with the batch's ids or keys; `Err` if neither is there for one.
-pub(super) fn resolve(
-    batch: &[NewOrder],
-    rows: Vec<Stored>,
-) -> Result<Vec<Option<Order>>, &'static str> {
+fn order(id: OrderId, product_id: &str, quantity: i64, placed_at: i64) -> Result<Order, String> {
+    let wrong = |column: &str| format!("the stored order {id} has a {column} out of range");
+    let product_id = product_id.parse().map_err(|_| wrong("product_id"))?;
+    let quantity = u64::try_from(quantity).ok().and_then(|n| Quantity::try_from(n).ok());
+    let quantity = quantity.ok_or_else(|| wrong("quantity"))?;
+    let since_1970 = u64::try_from(placed_at).map(Duration::from_millis);
+    let placed_at = since_1970.ok().and_then(|since| UNIX_EPOCH.checked_add(since));
+    Ok(Order { id, product_id, quantity, placed_at: placed_at.ok_or_else(|| wrong("placed_at"))? })
+}
+
+/// What became of each order of a batch that was committed, from the rows with the batch's ids or
+/// keys.
+pub(super) fn resolve(batch: &[NewOrder], rows: Vec<Stored>) -> Vec<Outcome> {
+    let mut ids = HashSet::new();
     let mut by_key = HashMap::new();
-    let mut ids = std::collections::HashSet::new();
-    for Stored { order, key } in rows {
-        ids.insert(order.id);
+    for Stored { id, key, order } in rows {
+        ids.insert(id);
         if let Some(key) = key {
             by_key.insert(key, order);
         }
     }
-    let of = |new: &NewOrder| {
-        if ids.contains(&new.order.id) {
-            return Ok(None);
+    let of = |NewOrder { order, key }: &NewOrder| {
+        if ids.contains(&order.id) {
+            return Outcome::New;
         }
-        let key = new.key.as_ref().ok_or("an order without a key was not stored")?;
-        // Its key was pruned between the two statements.
-        let earlier = by_key.get(key.as_str()).ok_or("a key that was taken is no longer there")?;
-        Ok(Some(earlier.clone()))
+        match key.as_ref().and_then(|key| by_key.get(key.as_str())) {
+            Some(Ok(earlier)) => Outcome::Earlier(earlier.clone()),
+            Some(Err(cause)) => Outcome::Unreadable(cause.clone()),
+            None => Outcome::Missing,
+        }
     };
     batch.iter().map(of).collect()
 }

@@ -18,7 +18,7 @@ use sqlx::{
 
 use super::{
     NewOrder,
-    engine::Failure,
+    engine::{Failure, Outcome},
     migrate,
     rows::{Stored, millis, resolve},
 };
@@ -39,10 +39,15 @@ const INSERT: &str = "INSERT INTO orders (id, product_id, quantity, idempotency_
     SELECT unhex(value ->> 0), value ->> 1, value ->> 2, value ->> 3, value ->> 4 \
     FROM json_each(?1) WHERE true ON CONFLICT DO NOTHING";
 
-const RESOLVE: &str = "SELECT * FROM orders \
+const RESOLVE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders \
     WHERE id IN (SELECT unhex(value ->> 0) FROM json_each(?1)) \
-    UNION ALL SELECT * FROM orders \
+    UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders \
     WHERE idempotency_key IN (SELECT value ->> 3 FROM json_each(?1) WHERE value ->> 3 IS NOT NULL)";
+
+const GET: &str =
+    "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders WHERE id = ?1";
+const PAGE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders \
+    WHERE id < ?1 ORDER BY id DESC LIMIT ?2";
 
 #[derive(Debug)]
 pub(super) struct Sqlite {
@@ -78,7 +83,7 @@ impl Sqlite {
         Ok(Self { writer: pool.clone(), readers: pool, _lock: None })
     }
 
-    pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Option<Order>>, Failure> {
+    pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
         let rows = batch.iter().map(|NewOrder { order, key }| {
             json!([
                 hex(order.id),
@@ -92,19 +97,21 @@ impl Sqlite {
         let inserted = sqlx::query(INSERT).bind(&rows).execute(&self.writer).await;
         let inserted = inserted.map_err(|error| failure(&error))?;
         if inserted.rows_affected() == batch.len() as u64 {
-            return Ok(vec![None; batch.len()]);
+            return Ok(vec![Outcome::New; batch.len()]);
         }
-        // Those that were there already: sent before, or named by a key before.
+        // Those that were there already: sent before, or named by a key before. The others are
+        // committed, whatever becomes of this statement.
+        let unknown = |error: &sqlx::Error| Failure { outcome_unknown: true, ..failure(error) };
         let stored = sqlx::query(RESOLVE).bind(&rows).fetch_all(&self.writer).await;
-        let stored = stored.map_err(|error| failure(&error))?;
-        let stored = stored.iter().map(stored_row).collect::<Result<Vec<_>, _>>()?;
-        resolve(batch, stored).map_err(|cause| Failure::unknown(StoreErrorKind::Conflict, cause))
+        let stored = stored.map_err(|error| unknown(&error))?;
+        let stored = stored.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
+        Ok(resolve(batch, stored.map_err(|error| unknown(&error))?))
     }
 
     pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
-        let query = sqlx::query("SELECT * FROM orders WHERE id = ?1").bind(&id.as_bytes()[..]);
-        let row = query.fetch_optional(&self.readers).await.map_err(|error| failure(&error))?;
-        row.as_ref().map(|row| Ok(stored_row(row)?.order)).transpose()
+        let row = sqlx::query(GET).bind(&id.as_bytes()[..]).fetch_optional(&self.readers).await;
+        let row = row.map_err(|error| failure(&error))?;
+        row.as_ref().map(order_of_row).transpose()
     }
 
     pub(super) async fn list(
@@ -114,10 +121,9 @@ impl Sqlite {
     ) -> Result<Vec<Order>, Failure> {
         // SQLite orders blobs by their bytes, and no 16 bytes sort after 17 of the highest.
         let before = before.map_or(vec![0xff; 17], |id| id.as_bytes().to_vec());
-        let query = "SELECT * FROM orders WHERE id < ?1 ORDER BY id DESC LIMIT ?2";
-        let query = sqlx::query(query).bind(before).bind(limit);
+        let query = sqlx::query(PAGE).bind(before).bind(limit);
         let rows = query.fetch_all(&self.readers).await.map_err(|error| failure(&error))?;
-        rows.iter().map(|row| Ok(stored_row(row)?.order)).collect()
+        rows.iter().map(order_of_row).collect()
     }
 
     pub(super) async fn close(&self) {
@@ -155,21 +161,16 @@ fn hex(id: OrderId) -> String {
     format!("{:032x}", u128::from_be_bytes(*id.as_bytes()))
 }
 
-fn stored_row(row: &SqliteRow) -> Result<Stored, Failure> {
-    let read = || -> Result<_, sqlx::Error> {
-        let id: Vec<u8> = row.try_get("id")?;
-        let id = id.try_into().map_err(|_| sqlx::Error::Decode("an id is not 16 bytes".into()))?;
-        Ok((
-            id,
-            row.try_get::<String, _>("product_id")?,
-            row.try_get("quantity")?,
-            row.try_get("idempotency_key")?,
-            row.try_get("placed_at")?,
-        ))
-    };
-    let (id, product_id, quantity, key, placed_at) = read().map_err(|error| failure(&error))?;
-    Stored::new(id, &product_id, quantity, key, placed_at)
-        .map_err(|cause| Failure::nothing_done(StoreErrorKind::Other, cause))
+fn stored_row(row: &SqliteRow) -> Result<Stored, sqlx::Error> {
+    let id: Vec<u8> = row.try_get("id")?;
+    let id = id.try_into().map_err(|_| sqlx::Error::Decode("an id is not 16 bytes".into()))?;
+    let product_id: String = row.try_get("product_id")?;
+    let (quantity, placed_at) = (row.try_get("quantity")?, row.try_get("placed_at")?);
+    Ok(Stored::new(id, &product_id, quantity, row.try_get("idempotency_key")?, placed_at))
+}
+
+fn order_of_row(row: &SqliteRow) -> Result<Order, Failure> {
+    stored_row(row).map_err(|error| failure(&error))?.into_order()
 }
 
 fn failure(error: &sqlx::Error) -> Failure {

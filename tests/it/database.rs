@@ -6,7 +6,7 @@ use order_service::{
     order::{Order, Placed, Quantity},
     store::{NewOrder, Store, StoreError, StoreHealth, Writers},
 };
-use sqlx::{AnyConnection, Connection as _, Executor as _};
+use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
@@ -45,8 +45,7 @@ impl Database {
 
     /// A connection beside the store's.
     pub async fn connect(&self) -> AnyConnection {
-        sqlx::any::install_default_drivers();
-        AnyConnection::connect(&self.url()).await.unwrap()
+        connect(&self.url()).await
     }
 
     /// A connection that keeps everybody else from writing.
@@ -60,9 +59,49 @@ impl Database {
         connection
     }
 
+    /// Makes a database refuse every order of a product, whatever it has of it.
+    pub async fn refuse_product(url: &str, product: &str) {
+        let trigger = if url.starts_with("postgres") {
+            format!(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN RAISE EXCEPTION 'the cause'; END $$; \
+                 CREATE TRIGGER refuse BEFORE INSERT ON orders FOR EACH ROW \
+                 WHEN (NEW.product_id = '{product}') EXECUTE FUNCTION refuse();"
+            )
+        } else {
+            format!(
+                "CREATE TRIGGER refuse BEFORE INSERT ON orders WHEN NEW.product_id = '{product}' \
+                 BEGIN SELECT RAISE(ABORT, 'the cause'); END"
+            )
+        };
+        connect(url).await.execute(AssertSqlSafe(trigger)).await.unwrap();
+    }
+
+    /// A statement that makes every insert take about half a second.
+    pub fn slow_inserts(&self) -> &'static str {
+        match self {
+            Self::Postgres(_) => {
+                "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$; \
+                 CREATE TRIGGER slow AFTER INSERT ON orders \
+                 FOR EACH STATEMENT EXECUTE FUNCTION slow();"
+            }
+            _ => {
+                "CREATE TRIGGER slow AFTER INSERT ON orders BEGIN \
+                 SELECT COUNT(*) FROM (WITH RECURSIVE n(i) AS \
+                 (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000) SELECT i FROM n); END"
+            }
+        }
+    }
+
     pub async fn open(&self) -> Opened {
         Opened::new(&self.url()).await.unwrap()
     }
+}
+
+async fn connect(url: &str) -> AnyConnection {
+    sqlx::any::install_default_drivers();
+    AnyConnection::connect(url).await.unwrap()
 }
 
 /// An open store, its writers, and what it records.

@@ -6,8 +6,11 @@ use std::{
     net::TcpListener,
     path::PathBuf,
     process::{Command, Output},
+    time::Duration,
 };
 
+use order_service::order::OrderId;
+use sqlx::{Connection as _, PgConnection};
 use tempfile::TempDir;
 
 pub const PASSWORD: &str = "s3cret";
@@ -80,6 +83,27 @@ impl PostgresServer {
     pub fn stop_immediately(&self) {
         let data = self.data();
         self.program("pg_ctl", &["-D", &data, "-w", "-m", "immediate", "stop"]);
+    }
+
+    /// A connection beside the service's.
+    pub async fn connect(&self) -> PgConnection {
+        PgConnection::connect(&self.url()).await.unwrap()
+    }
+
+    /// Waits until the order of this id is committed.
+    pub async fn until_stored(&self, id: OrderId) {
+        let mut connection = self.connect().await;
+        let id = id.to_string();
+        let waiting = async {
+            loop {
+                let query = "SELECT 1 FROM orders WHERE id = CAST($1 AS UUID)";
+                let row = sqlx::query(query).bind(&id).fetch_optional(&mut connection).await;
+                if row.unwrap().is_some() {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("it is stored");
     }
 
     pub fn url(&self) -> String {

@@ -164,20 +164,7 @@ async fn orders_are_there_after_reopening(database: Database) {
 
 async fn one_bad_order_harms_nobody_else(database: Database) {
     let opened = database.open().await;
-    let mut connection = database.connect().await;
-    let trigger = match database {
-        Database::Postgres(_) => {
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
-             $$ BEGIN RAISE EXCEPTION 'the cause'; END $$; \
-             CREATE TRIGGER poison BEFORE INSERT ON orders FOR EACH ROW \
-             WHEN (NEW.product_id = 'poison') EXECUTE FUNCTION refuse();"
-        }
-        _ => {
-            "CREATE TRIGGER poison BEFORE INSERT ON orders WHEN NEW.product_id = 'poison' \
-             BEGIN SELECT RAISE(ABORT, 'the cause'); END"
-        }
-    };
-    connection.execute(trigger).await.unwrap();
+    Database::refuse_product(&database.url(), "poison").await;
     let mut calls = JoinSet::new();
     for i in 0..100 {
         let store = opened.store.clone();
