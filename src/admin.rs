@@ -2,6 +2,8 @@
 //!
 //! Knows the registry and the store's health, nothing of orders.
 
+use std::time::Duration;
+
 use axum::{
     Router,
     extract::{Request, State},
@@ -10,13 +12,19 @@ use axum::{
 };
 use http::{HeaderValue, Method, StatusCode, header};
 use prometheus::{Registry, TextEncoder};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tower_http::compression::CompressionLayer;
 
 use self::scraped::Scraped;
-use crate::store::{StoreHealth, StoreStatus};
+use crate::{
+    listener::ResponseLimit,
+    store::{StoreHealth, StoreStatus},
+};
 
 mod scraped;
+
+/// How long a client may take to read a response.
+const READING: Duration = Duration::from_secs(15);
 
 /// How far the process is between its start and its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +62,15 @@ pub fn routes(admin: Admin) -> Router {
         .route("/readyz", get(readyz).fallback(only_reads))
         .route("/", get(async || "/metrics\n/livez\n/readyz\n").fallback(only_reads))
         .fallback(async || (StatusCode::NOT_FOUND, "expected /metrics, /livez or /readyz\n"))
+        .layer(axum::middleware::map_request(limit_reading))
         .with_state(admin)
+}
+
+async fn limit_reading(request: Request) -> Request {
+    if let Some(limit) = request.extensions().get::<ResponseLimit>() {
+        limit.set(Instant::now() + READING);
+    }
+    request
 }
 
 async fn only_reads() -> Response {

@@ -154,6 +154,8 @@ impl ApiServer {
             max_connections: settings.max_connections,
             max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
             overtime: OVERTIME,
+            // Their age ends them.
+            max_idle: None,
             read_timeout: settings.read_timeout,
             keep_alive: KEEP_ALIVE,
         };
@@ -170,8 +172,11 @@ struct AdminServer {
 }
 
 impl AdminServer {
-    /// Room for many scrapers and people, and an end to stuck ones.
-    const MAX_CONNECTIONS: usize = 128;
+    /// Room for many scrapers and people.
+    const MAX_CONNECTIONS: usize = 1024;
+
+    /// A client that died must not hold one of them. Scrapers that come less often connect anew.
+    const MAX_IDLE: Duration = Duration::from_secs(30);
 
     /// How long the answers in flight may take at the end.
     const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -188,6 +193,7 @@ impl AdminServer {
             max_connections: Self::MAX_CONNECTIONS,
             max_age: None,
             overtime: OVERTIME,
+            max_idle: Some(Self::MAX_IDLE),
             read_timeout,
             keep_alive: KEEP_ALIVE,
         };

@@ -52,6 +52,9 @@ pub enum Error {
     /// The body's content type, or the protocol spoken on this path, is not the one expected; the
     /// text names both. HTTP only.
     WrongContentType(String),
+    /// A gRPC request by another method than POST, or over another HTTP than 2; the text names both.
+    /// gRPC only.
+    NotACall(String),
     /// The body is longer than the limit, in bytes. HTTP only.
     TooLarge(usize),
     /// The idempotency key named another order before.
@@ -88,6 +91,7 @@ impl Error {
             Self::Invalid(_) => (Code::InvalidArgument, StatusCode::UNPROCESSABLE_ENTITY, "invalid-fields", "Invalid fields"),
             Self::Malformed(_) => (Code::InvalidArgument, StatusCode::BAD_REQUEST, "malformed", "Malformed JSON"),
             Self::WrongContentType(_) => (Code::Unimplemented, StatusCode::UNSUPPORTED_MEDIA_TYPE, "wrong-content-type", "Wrong content type"),
+            Self::NotACall(_) => (Code::Unimplemented, StatusCode::BAD_REQUEST, "not-a-call", "Not a gRPC call"),
             Self::TooLarge(_) => (Code::ResourceExhausted, StatusCode::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
             Self::KeyReused => (Code::AlreadyExists, StatusCode::UNPROCESSABLE_ENTITY, "idempotency-key-reused", "Idempotency key reused"),
             Self::NoSuchOrder => (Code::NotFound, StatusCode::NOT_FOUND, "no-such-order", "No such order"),
@@ -132,7 +136,9 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
-            Self::Malformed(detail) | Self::WrongContentType(detail) => f.write_str(detail),
+            Self::Malformed(detail) | Self::WrongContentType(detail) | Self::NotACall(detail) => {
+                f.write_str(detail)
+            }
             Self::TooLarge(limit) => write!(f, "the body is longer than {limit} bytes"),
             Self::KeyReused => f.write_str(
                 "the idempotency key was used for an order of another product or quantity",

@@ -16,14 +16,15 @@ use crate::{
 
 mod context;
 mod deadline;
+mod read_on;
 mod recover;
 mod shed;
 mod speaks;
 mod until_leaving;
 
 use self::{
-    context::ContextLayer, deadline::DeadlineLayer, recover::RecoverLayer, shed::ShedLayer,
-    speaks::SpeaksLayer,
+    context::ContextLayer, deadline::DeadlineLayer, read_on::ReadOnLayer, recover::RecoverLayer,
+    shed::ShedLayer, speaks::SpeaksLayer,
 };
 pub use self::{
     context::ServedBy, deadline::Deadline, shed::InFlight, until_leaving::UntilLeaving,
@@ -46,7 +47,7 @@ where
         + Send
         + Sync
         + 'static,
-    S::Future: Send,
+    S::Future: Send + 'static,
 {
     ServiceBuilder::new()
         // Names the request, and logs every failure of what is inside under that name.
@@ -56,6 +57,9 @@ where
         // Before any work: whoever is one too many learns it at once.
         .layer(ShedLayer(in_flight))
         .layer(DeadlineLayer::new(request_timeout))
+        // Delivers answers that come before the request was read, all but those of the layers above,
+        // which are not to take any longer.
+        .layer(ReadOnLayer)
         // gRPC on REST's routes, and the other way round.
         .layer(SpeaksLayer)
 }

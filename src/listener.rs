@@ -46,6 +46,8 @@ pub struct Limits {
     pub max_age: Option<Duration>,
     /// How long after its age a connection may last.
     pub overtime: Duration,
+    /// How long a connection may be idle after its last response.
+    pub max_idle: Option<Duration>,
     /// Of HTTP/2 connections.
     pub keep_alive: KeepAlive,
 }

@@ -2,24 +2,98 @@
 
 use std::io::stderr;
 
-use tracing_subscriber::EnvFilter;
+use tracing::{Subscriber, level_filters::LevelFilter};
+use tracing_subscriber::{EnvFilter, fmt::MakeWriter, util::SubscriberInitExt as _};
 
 use crate::config::LogFormat;
 
-/// Starts logging to stderr. `filter` is the value of `RUST_LOG`: a level such as `debug`, or one for
-/// each target such as `info,order_service::store=debug`; without it the level is `info`.
+/// Starts logging to stderr; `filter` is the value of `RUST_LOG`, see [`subscriber`].
 ///
 /// # Errors
 /// One line that names the value, if it is no filter.
-pub fn start(format: LogFormat, filter: Option<String>) -> Result<(), String> {
-    let text = filter.filter(|text| !text.is_empty()).unwrap_or_else(|| "info".to_owned());
-    let filter = EnvFilter::builder()
-        .parse(&text)
-        .map_err(|_| format!("RUST_LOG {text:?}: expected a level such as info or debug"))?;
-    let lines = tracing_subscriber::fmt().with_writer(stderr).with_env_filter(filter);
-    match format {
-        LogFormat::Text => lines.with_ansi(false).init(),
-        LogFormat::Json => lines.json().flatten_event(true).init(),
-    }
+pub fn start(format: LogFormat, filter: Option<&str>) -> Result<(), String> {
+    subscriber(format, filter, stderr)?.init();
     Ok(())
+}
+
+/// What writes the log lines. `filter` is a level such as `debug`, or levels of targets such as
+/// `order_service::store=debug`, or several with commas between. The level of all other targets is
+/// `info` unless it is given.
+///
+/// # Errors
+/// One line that names the value, if it is no filter.
+pub fn subscriber<W>(
+    format: LogFormat,
+    filter: Option<&str>,
+    writer: W,
+) -> Result<Box<dyn Subscriber + Send + Sync>, String>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let filter = read_filter(filter.unwrap_or_default())?;
+    let lines = tracing_subscriber::fmt().with_writer(writer).with_env_filter(filter);
+    Ok(match format {
+        LogFormat::Text => Box::new(lines.with_ansi(false).finish()),
+        LogFormat::Json => Box::new(lines.json().flatten_event(true).finish()),
+    })
+}
+
+/// Stricter than the filter itself, which takes a misspelt level for the name of a target and then
+/// silences all others, fatal errors too.
+fn read_filter(text: &str) -> Result<EnvFilter, String> {
+    let refused = || {
+        format!(
+            "RUST_LOG {text:?}: expected a level (off, error, warn, info, debug or trace) or \
+             TARGET=LEVEL, several with commas between"
+        )
+    };
+    let directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    let mut all: Vec<&str> = directives.collect();
+    let mut has_default = false;
+    for directive in &all {
+        let level = match directive.rsplit_once('=') {
+            Some((_, level)) => level,
+            None => {
+                has_default = true;
+                directive
+            }
+        };
+        if level.is_empty() || level.parse::<LevelFilter>().is_err() {
+            return Err(refused());
+        }
+    }
+    if !has_default {
+        all.insert(0, "info");
+    }
+    EnvFilter::builder().parse(all.join(",")).map_err(|_| refused())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_levels_and_levels_of_targets() {
+        for (text, most) in [
+            ("", LevelFilter::INFO),
+            (" warn ", LevelFilter::WARN),
+            ("off", LevelFilter::OFF),
+            ("DEBUG,", LevelFilter::DEBUG),
+            ("hyper=debug", LevelFilter::DEBUG),
+            ("error, order_service::store=trace", LevelFilter::TRACE),
+            // The others are not silenced by one that is.
+            ("h2=off", LevelFilter::INFO),
+        ] {
+            let filter = read_filter(text).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(filter.max_level_hint(), Some(most), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_could_silence_all_by_mistake_is_refused() {
+        for text in ["inof", "order_service", "order_service=", "a=loud", "=", "info,inof", "[x"] {
+            let line = read_filter(text).unwrap_err();
+            assert!(line.contains("RUST_LOG") && line.contains(&format!("{text:?}")), "{line}");
+        }
+    }
 }

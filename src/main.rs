@@ -41,7 +41,8 @@ fn main() -> ExitCode {
 
 fn read_settings() -> Result<(Settings, Option<Tls>), NoSettings> {
     let settings = Settings::read(env::args_os())?;
-    logs::start(settings.log_format, env::var("RUST_LOG").ok()).map_err(NoSettings::BadUsage)?;
+    let filter = env::var_os("RUST_LOG").map(|filter| filter.to_string_lossy().into_owned());
+    logs::start(settings.log_format, filter.as_deref()).map_err(NoSettings::BadUsage)?;
     let tls = match (&settings.tls_cert, &settings.tls_key) {
         (Some(cert), Some(key)) => Some(Tls::load(cert, key, settings.tls_client_ca.as_deref())),
         _ => None,

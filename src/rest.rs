@@ -12,7 +12,7 @@ use axum::{
 use serde::Serialize;
 
 use crate::{
-    error::Error,
+    error::{BadField, Error},
     layers::Deadline,
     metrics::layer::Route,
     order::{Order, Placed},
@@ -72,8 +72,8 @@ async fn place_by_query(
     request: Request,
 ) -> Result<Response, Error> {
     let query = query.unwrap_or_default();
-    let product_id = parameter(&query, "product_id").unwrap_or(DEFAULT_PRODUCT.into());
-    let quantity = parameter(&query, "quantity");
+    let [product_id, quantity] = parameters(&query, ["product_id", "quantity"])?;
+    let product_id = product_id.unwrap_or(DEFAULT_PRODUCT.into());
     let order = PlaceOrder {
         product_id: &product_id,
         quantity: quantity.map(|text| text.parse().map_err(|_| text.into_owned())),
@@ -123,21 +123,35 @@ async fn list(
     request: Request,
 ) -> Result<Json<PageJson>, Error> {
     let query = query.unwrap_or_default();
+    let [page_size, page_token] = parameters(&query, ["page_size", "page_token"])?;
     let list = ListOrders {
-        page_size: match parameter(&query, "page_size") {
-            None => Ok(0),
-            Some(text) if text.is_empty() => Ok(0),
-            Some(text) => number(text),
-        },
-        page_token: &parameter(&query, "page_token").unwrap_or_default(),
+        // An empty one is none, as an empty token is the first page's.
+        page_size: page_size.filter(|text| !text.is_empty()).map_or(Ok(0), number),
+        page_token: &page_token.unwrap_or_default(),
     };
     let page = orders.list(list, Deadline::of(request.extensions())).await?;
     Ok(Json(page.into()))
 }
 
-/// The value of a query parameter; of several the last, as forms do.
-fn parameter<'q>(query: &'q str, name: &str) -> Option<Cow<'q, str>> {
-    form_urlencoded::parse(query.as_bytes()).filter(|(key, _)| key == name).map(|(_, v)| v).last()
+/// The values of query parameters; others are ignored. To guess which of two was meant could place an
+/// order that nobody wanted.
+fn parameters<'q, const N: usize>(
+    query: &'q str,
+    names: [&'static str; N],
+) -> Result<[Option<Cow<'q, str>>; N], Error> {
+    let mut values = [const { None }; N];
+    let mut twice = Vec::new();
+    for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+        let Some(at) = names.iter().position(|name| *name == key) else { continue };
+        if values[at].replace(value).is_some() && twice.iter().all(|field| *field != names[at]) {
+            twice.push(names[at]);
+        }
+    }
+    if twice.is_empty() {
+        return Ok(values);
+    }
+    let bad = |field| BadField { field, detail: "given more than once, expected once".to_owned() };
+    Err(Error::Invalid(twice.into_iter().map(bad).collect()))
 }
 
 fn number(text: Cow<'_, str>) -> RawNumber<i64> {

@@ -29,9 +29,24 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// Longest id of a caller's that is kept, in bytes.
 const MAX_ID: usize = 128;
 
-/// The id of a request, in its extensions.
+/// The names by which logs know a request, in its extensions.
 #[derive(Debug, Clone)]
-pub(super) struct RequestId(pub(super) HeaderValue);
+pub(super) struct Names {
+    id: HeaderValue,
+    /// Of the caller's trace.
+    traceparent: Option<HeaderValue>,
+}
+
+impl Names {
+    pub(super) fn request_id(&self) -> &str {
+        shown(Some(&self.id))
+    }
+
+    /// Empty if the caller sent none.
+    pub(super) fn traceparent(&self) -> &str {
+        shown(self.traceparent.as_ref())
+    }
+}
 
 /// Which process answers: the value of `x-served-by`.
 #[derive(Debug, Clone)]
@@ -90,18 +105,24 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let id = request_id(request.headers().get(X_REQUEST_ID));
-        request.extensions_mut().insert(RequestId(id.clone()));
+        let names = Names {
+            id: request_id(request.headers().get(X_REQUEST_ID)),
+            traceparent: request.headers().get(TRACEPARENT).cloned(),
+        };
+        request.extensions_mut().insert(names.clone());
         let call = Call {
-            id,
+            names,
             protocol: protocol(request.headers()),
             method: request.method().clone(),
             uri: request.uri().clone(),
-            traceparent: request.headers().get(TRACEPARENT).cloned(),
         };
         // The span is for those who debug: to make one costs more than all of the stack. The line of
         // a failed request carries the same by itself.
-        let span = tracing::debug_span!("request", request_id = shown(Some(&call.id)));
+        let span = tracing::debug_span!(
+            "request",
+            request_id = call.names.request_id(),
+            traceparent = call.names.traceparent()
+        );
         let inner = span.in_scope(|| self.inner.call(request));
         ContextFuture { inner, span, call, shared: self.shared.clone() }
     }
@@ -126,11 +147,10 @@ fn shown(value: Option<&HeaderValue>) -> &str {
 /// What the log tells of a request.
 #[derive(Debug)]
 struct Call {
-    id: HeaderValue,
+    names: Names,
     protocol: Protocol,
     method: Method,
     uri: Uri,
-    traceparent: Option<HeaderValue>,
 }
 
 pin_project! {
@@ -155,7 +175,7 @@ where
         let Ok(mut response) = ready!(this.inner.poll(cx));
         record_failure(this.call, &response, &this.shared.metrics);
         let headers = response.headers_mut();
-        headers.insert(X_REQUEST_ID, this.call.id.clone());
+        headers.insert(X_REQUEST_ID, this.call.names.id.clone());
         headers.insert(X_SERVED_BY, this.shared.served_by.0.clone());
         Poll::Ready(Ok(response))
     }
@@ -201,8 +221,8 @@ fn log(level: Level, call: &Call, code: impl Display, cause: impl Display) {
     macro_rules! line {
         ($level:ident) => {
             tracing::$level!(
-                request_id = shown(Some(&call.id)),
-                traceparent = shown(call.traceparent.as_ref()),
+                request_id = call.names.request_id(),
+                traceparent = call.names.traceparent(),
                 protocol = call.protocol.as_str(),
                 method = %call.method,
                 path = call.uri.path(),

@@ -12,13 +12,13 @@ use std::{
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response};
+use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::Status;
 use tower::{Layer, Service};
 
-use super::{context::RequestId, protocol};
+use super::{context::Names, protocol};
 use crate::{
     error::Error,
     metrics::{Protocol, RequestMetrics},
@@ -66,8 +66,8 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let protocol = protocol(request.headers());
-        let id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
-        let watch = Watch { protocol, id, metrics: self.metrics.clone() };
+        let names = request.extensions().get::<Names>().cloned();
+        let watch = Watch { protocol, names, metrics: self.metrics.clone() };
         // A handler may panic before there is a future of it.
         match watch.run(|| self.inner.call(request)) {
             Ok(inner) => RecoverFuture::Called { inner, watch: Some(watch) },
@@ -81,7 +81,7 @@ where
 #[derive(Debug)]
 struct Watch {
     protocol: Protocol,
-    id: Option<HeaderValue>,
+    names: Option<Names>,
     metrics: Arc<RequestMetrics>,
 }
 
@@ -161,9 +161,13 @@ where
             Err(error) => error,
         };
         *this.over = true;
-        let request_id = this.watch.id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
-        let cause = error.cause().unwrap_or_default();
-        tracing::error!(request_id, cause, "a response broke off");
+        let names = this.watch.names.as_ref();
+        tracing::error!(
+            request_id = names.map(Names::request_id).unwrap_or_default(),
+            traceparent = names.map(Names::traceparent).unwrap_or_default(),
+            cause = error.cause().unwrap_or_default(),
+            "a response broke off"
+        );
         Poll::Ready(Some(match this.watch.protocol {
             Protocol::Grpc => Ok(Frame::trailers(trailers(error))),
             Protocol::Http => Err(axum::Error::new(error)),

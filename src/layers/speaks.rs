@@ -1,5 +1,6 @@
-//! Refuses gRPC on a REST route and plain HTTP on a gRPC method, each in the caller's own protocol:
-//! the handlers behind them would misread the request.
+//! Refuses gRPC on a REST route, plain HTTP on a gRPC method, and gRPC by anything but a POST over
+//! HTTP/2, each in the caller's own protocol: the handlers behind them would misread the request, or
+//! do the work of one that no gRPC client sends.
 
 use std::{
     convert::Infallible,
@@ -9,7 +10,7 @@ use std::{
 
 use axum::{body::Body, extract::MatchedPath};
 use futures_util::future::Either;
-use http::{Request, Response};
+use http::{Method, Request, Response, Version};
 use tower::{Layer, Service};
 
 use super::protocol;
@@ -50,15 +51,18 @@ where
         // tonic registers a service as `/package.Service/{*rest}`; no REST route ends so. What
         // matched nothing goes on to the fallback.
         let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-        let refused = match (route, protocol(request.headers())) {
-            (Some(route), Protocol::Http) if route.ends_with("/{*rest}") => {
-                Some(Error::WrongContentType(
-                    "this path is a gRPC method, expected content-type application/grpc".to_owned(),
-                ))
-            }
-            (Some(route), Protocol::Grpc) if !route.ends_with("/{*rest}") => {
-                Some(Error::NoSuchRoute)
-            }
+        let is_grpcs = route.map(|route| route.ends_with("/{*rest}"));
+        let is_call = request.method() == Method::POST && request.version() == Version::HTTP_2;
+        let refused = match (is_grpcs, protocol(request.headers())) {
+            (Some(true), Protocol::Http) => Some(Error::WrongContentType(
+                "this path is a gRPC method, expected content-type application/grpc".to_owned(),
+            )),
+            (Some(true), Protocol::Grpc) if !is_call => Some(Error::NotACall(format!(
+                "{} over {:?} given, expected a gRPC call: POST over HTTP/2.0",
+                request.method(),
+                request.version()
+            ))),
+            (Some(false), Protocol::Grpc) => Some(Error::NoSuchRoute),
             _ => None,
         };
         match refused {

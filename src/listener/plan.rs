@@ -144,6 +144,7 @@ pub(super) enum Act {
 pub(super) struct Plan {
     state: Arc<State>,
     read_timeout: Duration,
+    max_idle: Option<Duration>,
     begun: Instant,
     /// When to ask the connection to go.
     leave: Option<Instant>,
@@ -162,6 +163,7 @@ impl Plan {
         Self {
             state,
             read_timeout: limits.read_timeout,
+            max_idle: limits.max_idle,
             begun,
             leave: age.map(|age| begun + age),
             close: age.map(|age| begun + age + limits.overtime),
@@ -197,6 +199,7 @@ impl Plan {
         let mut at = |instant: Option<Instant>| due = due.min(instant.unwrap_or(due));
         at(self.too_late(&now));
         at(self.unread(&now));
+        at(self.idle(&now));
         at(self.leave);
         at(self.close);
         at(self.last_words(&now));
@@ -215,6 +218,12 @@ impl Plan {
         let pending = now.in_flight > 0 || self.state.write_blocked.load(Ordering::Relaxed);
         let limit = if pending && now.http1 == Some(true) { now.limit.as_ref() } else { None };
         limit.and_then(ResponseLimit::get)
+    }
+
+    /// By when an idle connection must have asked again.
+    fn idle(&self, now: &Now) -> Option<Instant> {
+        let is_idle = now.asked && now.in_flight == 0 && now.head_since.is_none();
+        self.max_idle.filter(|_| is_idle).map(|max_idle| now.idle_since + max_idle)
     }
 
     /// When everything stops: by when a connection with nothing in flight must have ended.
@@ -249,7 +258,8 @@ impl Plan {
             (self.told, self.stopping, self.stopping_since) = (true, true, at);
             return Act::RefuseByGoAway;
         }
-        if past(self.unread(&now)) || past(self.close) || past(self.last_words(&now)) {
+        let ends = [self.unread(&now), self.idle(&now), self.close, self.last_words(&now)];
+        if ends.into_iter().any(past) {
             return Act::Close;
         }
         if past(self.leave) {
@@ -280,6 +290,7 @@ mod tests {
             read_timeout: Duration::from_secs(1000),
             max_age: Some(age),
             overtime: OVERTIME,
+            max_idle: None,
             keep_alive: KEEP_ALIVE,
         };
         let ages: Vec<_> = (0..1000)

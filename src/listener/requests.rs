@@ -176,6 +176,9 @@ impl<F: Future> Future for Limited<F> {
             };
             this.timer.set(Some(sleep_until(at)));
         }
-        this.timer.as_pin_mut().map_or(Poll::Pending, |timer| timer.poll(cx))
+        let timer = this.timer.as_pin_mut().expect("it was set at the latest just now");
+        ready!(timer.poll(cx));
+        tracing::info!("a response was cut off: its peer did not read it in time");
+        Poll::Ready(())
     }
 }

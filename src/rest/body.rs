@@ -1,20 +1,16 @@
-//! Reads the JSON body of an order: bounded, and read to its end even where the answer is an error,
-//! since a server that answers early and closes resets the connection before its answer arrives.
+//! Reads the JSON body of an order, up to a limit.
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, header};
 use http_body_util::BodyExt as _;
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{error::Error, orders::RawNumber};
 
 /// Longest body that is looked at, in bytes.
 const MAX_BODY: usize = 64 * 1024;
-
-/// How much of a body that is too long is read on and thrown away, in bytes; the request's deadline
-/// bounds the time. Beyond it the connection is closed under the sender.
-const MAX_DISCARDED: usize = 8 * 1024 * 1024;
 
 /// The members of an order, none checked but for their types.
 pub(super) struct AskedOrder {
@@ -27,10 +23,7 @@ pub(super) struct AskedOrder {
 /// # Errors
 /// `WrongContentType`, `TooLarge`, `Malformed`.
 pub(super) async fn read_order(headers: &HeaderMap, body: Body) -> Result<AskedOrder, Error> {
-    if let Err(error) = expect_json(headers) {
-        discard(headers, body, 0).await;
-        return Err(error);
-    }
+    expect_json(headers)?;
     parse_order(&read(headers, body).await?)
 }
 
@@ -47,7 +40,6 @@ fn expect_json(headers: &HeaderMap) -> Result<(), Error> {
 async fn read(headers: &HeaderMap, mut body: Body) -> Result<Bytes, Error> {
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
     if declared.is_some_and(|length: u64| length > MAX_BODY as u64) {
-        discard(headers, body, 0).await;
         return Err(Error::TooLarge(MAX_BODY));
     }
     let mut read = BytesMut::new();
@@ -57,7 +49,6 @@ async fn read(headers: &HeaderMap, mut body: Body) -> Result<Bytes, Error> {
             frame.map_err(|error| Error::Malformed(format!("the body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
         if read.len() + data.len() > MAX_BODY {
-            discard(headers, body, read.len() + data.len()).await;
             return Err(Error::TooLarge(MAX_BODY));
         }
         read.extend_from_slice(&data);
@@ -65,34 +56,29 @@ async fn read(headers: &HeaderMap, mut body: Body) -> Result<Bytes, Error> {
     Ok(read.freeze())
 }
 
-/// Reads the rest of a body, of which `read` bytes came already, so that the answer is delivered. A
-/// sender that waits to be asked for the body (`Expect: 100-continue`) gets its answer at once.
-async fn discard(headers: &HeaderMap, mut body: Body, mut read: usize) {
-    if read == 0 && headers.contains_key(header::EXPECT) {
-        return;
-    }
-    while read < MAX_DISCARDED {
-        match body.frame().await {
-            Some(Ok(frame)) => read += frame.data_ref().map_or(0, Bytes::len),
-            Some(Err(_)) | None => return,
-        }
-    }
+/// The members as they were sent; unknown ones are ignored.
+#[derive(Deserialize)]
+struct Members {
+    product_id: Option<Value>,
+    quantity: Option<Value>,
 }
 
-/// Members of a wrong type are malformed, members out of range are for the rules to refuse, unknown
-/// members are ignored.
+/// Members of a wrong type, or given twice, are malformed; members out of range are for the rules to
+/// refuse.
 fn parse_order(body: &[u8]) -> Result<AskedOrder, Error> {
-    let value: Value = serde_json::from_slice(body)
-        .map_err(|error| Error::Malformed(format!("the body is not JSON: {error}")))?;
-    let Value::Object(mut members) = value else {
+    // An array would be taken for the members in their order.
+    if body.trim_ascii_start().first().is_some_and(|first| matches!(first, b'[')) {
         return Err(Error::Malformed("the body is not a JSON object".to_owned()));
-    };
-    let product_id = match members.remove("product_id") {
+    }
+    let members: Members = serde_json::from_slice(body).map_err(|error| {
+        Error::Malformed(format!("the body is not a JSON object of an order: {error}"))
+    })?;
+    let product_id = match members.product_id {
         None | Some(Value::Null) => String::new(),
         Some(Value::String(text)) => text,
         Some(other) => return Err(wrong_type("product_id", &other, "a string")),
     };
-    let quantity = match members.remove("quantity") {
+    let quantity = match members.quantity {
         None | Some(Value::Null) => None,
         Some(Value::Number(number)) => Some(number.as_u64().ok_or_else(|| number.to_string())),
         Some(other) => return Err(wrong_type("quantity", &other, "a number")),
@@ -129,9 +115,10 @@ mod tests {
     fn wrong_types_are_malformed_and_named() {
         assert!(malformed(r#"{"product_id":7}"#).contains("product_id: a number given"));
         assert!(malformed(r#"{"product_id":"a","quantity":"2"}"#).contains("quantity: a string"));
-        for body in ["", "{", "[]", "null", "\"book\"", "{}{}"] {
+        for body in ["", "{", "[]", " [\"book\",1]", "null", "\"book\"", "{}{}"] {
             malformed(body);
         }
+        assert!(malformed(r#"{"quantity":1,"quantity":2}"#).contains("duplicate field `quantity`"));
     }
 
     #[test]

@@ -5,11 +5,12 @@ use reqwest::Client;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
+    time::timeout,
 };
 
 use crate::{
     in_process::place,
-    support::{Page, Process, scrape_until},
+    support::{PATIENCE, Page, Process, scrape_until},
 };
 
 #[tokio::test]
@@ -141,6 +142,42 @@ async fn a_stuck_scraper_holds_neither_the_api_nor_the_end() {
     server.grpc().await.place(place("book")).await.unwrap();
     assert_eq!(server.terminate().await, Some(0));
     assert_eq!(silent.read(&mut [0; 1]).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn dead_clients_do_not_take_the_port() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let mut dead = Vec::new();
+    for _ in 0..300 {
+        let mut stream = TcpStream::connect(server.admin).await.unwrap();
+        stream.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        stream.read_exact(&mut [0; 12]).await.unwrap();
+        dead.push(stream);
+    }
+    server.scrape().await;
+    for mut stream in dead {
+        let closed = timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await;
+        closed.expect("an idle connection is closed").unwrap();
+    }
+    server.scrape().await;
+}
+
+#[tokio::test]
+async fn a_scraper_that_does_not_read_is_cut_off() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let before = server.scrape().await.value("process_open_fds", &[]);
+    let mut stuck = Vec::new();
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(server.admin).await.unwrap();
+        // More pages than the sockets' buffers hold.
+        let requests = "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n".repeat(300);
+        stream.write_all(requests.as_bytes()).await.unwrap();
+        stuck.push(stream);
+    }
+    let held = |page: &Page| page.value("process_open_fds", &[]) - before;
+    scrape_until(server.admin, |page| held(page) >= 20.0).await;
+    // A few are the scrapes' own.
+    scrape_until(server.admin, |page| held(page) < 10.0).await;
 }
 
 #[tokio::test]

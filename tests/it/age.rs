@@ -138,6 +138,7 @@ const LIMITS: Limits = Limits {
     read_timeout: PATIENCE,
     max_age: None,
     overtime: OVERTIME,
+    max_idle: None,
     keep_alive: KEEP_ALIVE,
 };
 

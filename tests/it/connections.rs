@@ -177,6 +177,7 @@ async fn connections_that_wait_in_the_backlog_at_the_close_are_served() {
         read_timeout: PATIENCE,
         max_age: None,
         overtime: OVERTIME,
+        max_idle: None,
         keep_alive: KEEP_ALIVE,
     };
     let routes = Router::new().route("/product", route(async || "served"));

@@ -178,7 +178,8 @@ fn extra() -> Extra {
                 Body::from_stream(tokio_stream::iter([Ok::<_, Infallible>("one")]).chain(rest))
             }),
         )
-        .route("/test/empty", get(async || StatusCode::NO_CONTENT));
+        .route("/test/empty", get(async || StatusCode::NO_CONTENT))
+        .route("/test/logs", get(async || tracing::debug!("a line of the handler")));
     let ok: &'static [u16] = &[200, 204];
     let paths = ["/test/panic", "/test/chunked", "/test/length", "/test/panic-body", "/test/empty"];
     Extra {

@@ -203,6 +203,7 @@ async fn a_certificate_that_changes_between_the_start_and_the_first_connection_i
         read_timeout: PATIENCE,
         max_age: None,
         overtime: OVERTIME,
+        max_idle: None,
         keep_alive: KEEP_ALIVE,
     };
     let metrics = ConnectionMetrics::new().unwrap();

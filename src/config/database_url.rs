@@ -1,0 +1,135 @@
+//! The URL of the database, which is never shown with its password.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use sqlx::postgres::PgConnectOptions;
+
+/// Where orders are kept. Neither `Debug` nor `Display` shows a password.
+#[derive(Clone, PartialEq, Eq)]
+pub enum DatabaseUrl {
+    /// `sqlite://PATH`: a database file of this process alone.
+    SqliteFile(PathBuf),
+    /// `sqlite::memory:`: lost when the process ends.
+    SqliteMemory,
+    /// `postgres://…`: a server that many replicas share. The whole URL, with its password.
+    Postgres(String),
+}
+
+impl DatabaseUrl {
+    /// `sqlite` or `postgres`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::SqliteFile(_) | Self::SqliteMemory => "sqlite",
+            Self::Postgres(_) => "postgres",
+        }
+    }
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        if text == "sqlite::memory:" {
+            return Ok(Self::SqliteMemory);
+        }
+        if text.starts_with("postgres://") || text.starts_with("postgresql://") {
+            // The reason that sqlx gives may quote any part of the URL, the password, too.
+            return match PgConnectOptions::from_str(text) {
+                Ok(_) => Ok(Self::Postgres(text.to_owned())),
+                Err(_) => {
+                    Err("postgres://USER:PASSWORD@HOST:PORT/DATABASE?PARAMETER=VALUE, each part \
+                               percent-encoded, with the parameters that sqlx knows")
+                }
+            };
+        }
+        match text.strip_prefix("sqlite://") {
+            Some(path) if !path.is_empty() && !path.contains('?') => {
+                Ok(Self::SqliteFile(path.into()))
+            }
+            _ => Err("sqlite://PATH, sqlite::memory: or postgres://USER:PASSWORD@HOST/DATABASE"),
+        }
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SqliteFile(path) => write!(f, "sqlite://{}", path.display()),
+            Self::SqliteMemory => f.write_str("sqlite::memory:"),
+            Self::Postgres(url) => f.write_str(&without_password(url)),
+        }
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The text with whatever could be a password replaced by `***`, whether it is a URL or a mistake: all
+/// from the user's name to the last `@`, what stands where a port should, and every parameter's value.
+pub(super) fn without_password(text: &str) -> String {
+    const HIDDEN: &str = "***";
+    let Some((scheme, rest)) = text.split_once("://") else {
+        let plain = !text.contains(['@', '=']);
+        return if plain { text.to_owned() } else { HIDDEN.to_owned() };
+    };
+    // The last, since a password may hold what it should have encoded.
+    let (user, location) = match rest.rsplit_once('@') {
+        Some((user, location)) => {
+            let name =
+                user.split_once([':', '/', '?', '#']).map(|(name, _)| format!("{name}:{HIDDEN}"));
+            (format!("{}@", name.unwrap_or_else(|| user.to_owned())), location)
+        }
+        None => (String::new(), rest),
+    };
+    let (location, parameters) = match location.split_once(['?', '#']) {
+        Some((location, parameters)) => (location, Some(parameters)),
+        None => (location, None),
+    };
+    let authority = location.split('/').next().unwrap_or_default();
+    let port = authority.rsplit_once(':').filter(|_| !authority.ends_with(']'));
+    let location = match port {
+        Some((host, port)) if !port.bytes().all(|byte| byte.is_ascii_digit()) => {
+            let host = host.split(':').next().unwrap_or_default();
+            format!("{host}:{HIDDEN}{}", &location[authority.len()..])
+        }
+        _ => location.to_owned(),
+    };
+    let Some(parameters) = parameters else { return format!("{scheme}://{user}{location}") };
+    let names: Vec<_> = parameters
+        .split('&')
+        .map(|pair| {
+            pair.split_once('=').map_or(HIDDEN.to_owned(), |(name, _)| format!("{name}={HIDDEN}"))
+        })
+        .collect();
+    format!("{scheme}://{user}{location}?{}", names.join("&"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_hidden_wherever_it_stands() {
+        for (given, shown) in [
+            ("postgres://u:s3cret@host:5432/db", "postgres://u:***@host:5432/db"),
+            ("postgres://u:s3@c/r?et#@host/db", "postgres://u:***@host/db"),
+            ("postgres://u:s3?cret@host/db?a=1", "postgres://u:***@host/db?a=***"),
+            ("postgres://host/db?password=s3cret", "postgres://host/db?password=***"),
+            ("postgres://host/db?password=s3@cret", "postgres://host:***@cret"),
+            ("postgres://u:s3cret", "postgres://u:***"),
+            ("postgres://u:s3:cret/db", "postgres://u:***/db"),
+            ("postgres://[::1]:5432/db", "postgres://[::1]:5432/db"),
+            ("postgres://[::1]/db", "postgres://[::1]/db"),
+            ("postgres://u@host/db", "postgres://u@host/db"),
+            ("postgres://host/db#s3cret", "postgres://host/db?***"),
+            ("host=localhost password=s3cret", "***"),
+            ("u:s3cret@host/db", "***"),
+            ("orders.db", "orders.db"),
+        ] {
+            assert_eq!(without_password(given), shown, "{given}");
+        }
+    }
+}

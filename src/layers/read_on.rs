@@ -1,0 +1,136 @@
+//! Reads on where an answer came before the request's body was read: a server that answers early over
+//! HTTP/1 and closes resets the connection, and the answer is lost on its way.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use axum::body::Body;
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, Either};
+use http::{Request, Response, Version, header};
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use tokio::sync::oneshot;
+use tower::{Layer, Service};
+
+use crate::error::Error;
+
+/// How much of a body that nobody wants is read and thrown away, in bytes, counted from its begin; the
+/// request's deadline bounds the time. Beyond it the connection is closed under the sender.
+const MAX_READ: usize = 8 * 1024 * 1024;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ReadOnLayer;
+
+impl<S> Layer<S> for ReadOnLayer {
+    type Service = ReadOn<S>;
+
+    fn layer(&self, inner: S) -> ReadOn<S> {
+        ReadOn { inner }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct ReadOn<S> {
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for ReadOn<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Error>,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Error;
+    type Future = Either<S::Future, BoxFuture<'static, Result<Response<Body>, Error>>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        // HTTP/2 has a code for it: a stream is reset without an error once its answer is sent.
+        if request.version() == Version::HTTP_2 || http_body::Body::is_end_stream(request.body()) {
+            return Either::Left(self.inner.call(request));
+        }
+        // Who asks first sends nothing until the body is asked for.
+        let waits = request.headers().contains_key(header::EXPECT);
+        let (back, mut unread) = oneshot::channel();
+        let lent =
+            |inner| Body::new(Lent { rest: Some(Rest { inner, read: 0 }), back: Some(back) });
+        let answer = self.inner.call(request.map(lent));
+        Either::Right(Box::pin(async move {
+            let answer = answer.await;
+            // A body that is not back yet is still being read, by the response.
+            if let Ok(rest) = unread.try_recv()
+                && !(waits && rest.read == 0)
+            {
+                rest.read_on().await;
+            }
+            answer
+        }))
+    }
+}
+
+/// What is left of a body.
+struct Rest {
+    inner: Body,
+    /// Bytes.
+    read: usize,
+}
+
+impl Rest {
+    async fn read_on(mut self) {
+        while self.read < MAX_READ {
+            match self.inner.frame().await {
+                Some(Ok(frame)) => self.read += frame.data_ref().map_or(0, Bytes::len),
+                Some(Err(_)) | None => return,
+            }
+        }
+    }
+}
+
+/// A body that is handed back when it is dropped before its end.
+struct Lent {
+    /// `None` after the end.
+    rest: Option<Rest>,
+    /// `None` once it was handed back.
+    back: Option<oneshot::Sender<Rest>>,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let (Some(back), Some(rest)) = (self.back.take(), self.rest.take()) {
+            // A request that was given up has nobody to hand it to.
+            let _ = back.send(rest);
+        }
+    }
+}
+
+impl http_body::Body for Lent {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(&mut rest.inner).poll_frame(cx));
+        match &frame {
+            Some(Ok(frame)) => rest.read += frame.data_ref().map_or(0, Bytes::len),
+            Some(Err(_)) | None => self.rest = None,
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.as_ref().is_none_or(|rest| rest.inner.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.rest.as_ref().map_or_else(SizeHint::default, |rest| rest.inner.size_hint())
+    }
+}
