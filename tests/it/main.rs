@@ -14,6 +14,7 @@ mod durability;
 mod errors;
 mod hostile;
 mod in_process;
+mod kit;
 mod logs;
 mod metrics;
 mod overload;

@@ -31,11 +31,15 @@ impl Prometheus {
 
     /// One with these `scrape_configs`.
     pub async fn start(scrape_configs: &Value) -> Self {
+        Self::configured(json!({"scrape_configs": scrape_configs})).await
+    }
+
+    /// One with this configuration; it need not say how often.
+    pub async fn configured(mut config: Value) -> Self {
+        let each = "1s";
+        config["global"] =
+            json!({"scrape_interval": each, "scrape_timeout": each, "evaluation_interval": each});
         let dir = tempfile::tempdir().unwrap();
-        let config = json!({
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-            "scrape_configs": scrape_configs
-        });
         let file = dir.path().join("prometheus.yml");
         // JSON is YAML.
         fs::write(&file, config.to_string()).unwrap();
