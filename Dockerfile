@@ -21,7 +21,8 @@ RUN mkdir -p src/bin/order-load benches \
        done \
     && echo 'fn main() {}' | tee build.rs src/main.rs src/bin/order-load/main.rs > /dev/null \
     && touch src/lib.rs \
-    && cargo build --release --locked --bins
+    && cargo build --release --locked --bins \
+    && rm -r build.rs src
 
 COPY build.rs ./
 COPY proto proto

@@ -3,7 +3,7 @@
 CARGO ?= cargo
 TOOLS := $(CURDIR)/.tools
 
-.PHONY: run load test tools lint bench bench-instructions
+.PHONY: run load test image-test tools lint bench bench-instructions capacity
 
 ## Builds and starts the service on its embedded database, ./orders.db
 run:
@@ -32,3 +32,11 @@ bench:
 ## Instructions and allocations per call of the metrics layer and its peers
 bench-instructions:
 	bench/instructions.sh
+
+## Builds the Dockerfile without an engine or a registry, and runs what came out (Debian, as root)
+image-test:
+	tests/image-test.sh
+
+## What one replica with one core takes; needs DATABASE_URL, a PostgreSQL of which nothing is kept
+capacity:
+	bench/capacity.sh

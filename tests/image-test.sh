@@ -100,7 +100,7 @@ grep -q 'error: changed' "$work/changed.log" || fail "see $work/changed.log"
 
 # --- What it says of itself ----------------------------------------------------------------------
 
-config=$(buildah inspect --type image --format '{{json .OCIv1.Config}}' order-service:test)
+config=$(buildah inspect --type image order-service:test | jq .OCIv1.config)
 of() { jq -r "$1" <<<"$config"; }
 check User "$(of .User)" 65532:65532
 check WorkingDir "$(of .WorkingDir)" /data
@@ -116,7 +116,7 @@ done
 layers=$work/layers
 rm -rf "$layers"
 buildah push -q --disable-compression order-service:test "dir:$layers"
-base=$(buildah inspect --type image --format '{{json .OCIv1.RootFS.DiffIDs}}' "$run_base" | jq length)
+base=$(buildah inspect --type image "$run_base" | jq '.OCIv1.rootfs.diff_ids | length')
 bytes=$(jq "[.layers[$base:][].size] | add" "$layers/manifest.json")
 echo "image without its base: $bytes bytes"
 [ "$bytes" -le "$MOST_BYTES" ] || fail "image without its base: $bytes bytes, expected at most $MOST_BYTES"

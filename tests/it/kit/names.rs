@@ -20,10 +20,11 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("kube_horizontalpodautoscaler_status_current_replicas", &["horizontalpodautoscaler"]),
     ("kube_horizontalpodautoscaler_status_desired_replicas", &["horizontalpodautoscaler"]),
     ("kube_deployment_status_replicas_ready", &["deployment"]),
-    ("kube_deployment_status_replicas", &["deployment"]),
     ("kube_deployment_spec_replicas", &["deployment"]),
-    ("keda_scaler_metrics_value", &["scaledObject", "scaler", "metric", "triggerIndex"]),
-    ("keda_scaler_detail_errors_total", &["scaledObject", "scaler", "metric", "triggerIndex"]),
+    ("kube_pod_status_ready", &["condition"]),
+    ("kube_pod_container_status_restarts_total", &["container"]),
+    ("keda_scaler_metrics_value", &["exported_namespace", "scaledObject", "scaler", "metric"]),
+    ("keda_scaler_detail_errors_total", &["scaledObject", "scaler", "metric"]),
 ];
 
 /// What the scrape adds to every series.
@@ -42,6 +43,8 @@ struct Names {
 fn names(query: &str) -> Names {
     let regex = |pattern: &str| Regex::new(pattern).unwrap();
     let query = regex(r#""(\\.|[^"\\])*"|'[^']*'"#).replace_all(query, "''");
+    // A dashboard's variables.
+    let query = regex(r"\$(\w+|\{\w+\})").replace_all(&query, "1");
     let mut groupings = Vec::new();
     let grouping = regex(r"(?-u:\b)(by|on|without|ignoring|group_left|group_right)\s*\(([^)]*)\)");
     for found in grouping.captures_iter(&query) {
@@ -144,9 +147,11 @@ async fn every_metric_and_label_of_the_kit_exists() {
     }
     let queries = queries().await;
     assert!(queries.len() > 30, "{}", queries.len());
+    // A dashboard's variable: `label_values(metric{…}, label)`.
+    let inner = Regex::new(r"^label_values\((.*?),\s*(\w+)\)$").unwrap();
+    // `label_replace(…, "made", "$1", "source", "regex")`
+    let made = Regex::new(r#""(\w+)",\s*"[^"]*",\s*"\w+",\s*""#).unwrap();
     for (place, query) in queries {
-        // A dashboard's variable: `label_values(metric{…}, label)`.
-        let inner = Regex::new(r"^label_values\((.*?),\s*(\w+)\)$").unwrap();
         let (query, asked) = match inner.captures(&query) {
             Some(found) => (found[1].to_owned(), Some(found[2].to_owned())),
             None => (query, None),
@@ -156,6 +161,7 @@ async fn every_metric_and_label_of_the_kit_exists() {
         assert!(!metrics.is_empty(), "{place}: {query}");
         let mut labels: BTreeSet<_> =
             OF_THE_TARGET.iter().map(|label| (*label).to_owned()).collect();
+        labels.extend(made.captures_iter(&query).map(|found| found[1].to_owned()));
         for (metric, selected) in metrics {
             let own = known.get(&metric).unwrap_or_else(|| panic!("{place}: no metric {metric}"));
             for label in selected {

@@ -131,6 +131,36 @@ async fn the_image_has_the_defaults_of_the_program() {
 
 #[tokio::test]
 #[ignore = "needs kustomize; run by make test"]
+async fn the_load_job_calls_the_load_test_as_it_wants_to_be_called() {
+    let manifests = rendered("k8s/load").await;
+    let container = &pod(manifest(&manifests, "Job", "order-load"))["containers"][0];
+    assert_eq!(container["command"], serde_json::json!(["/usr/local/bin/order-load"]));
+    let args = container["args"].as_array().unwrap().iter().map(|arg| arg.as_str().unwrap());
+    let args: Vec<_> = args.collect();
+    let help = help(&mut Command::new(env!("CARGO_BIN_EXE_order-load"))).await;
+    for arg in &args {
+        let flag = arg.split('=').next().unwrap();
+        assert!(
+            Regex::new(&format!(r"(?m)^ +{flag}(?-u:\b)")).unwrap().is_match(&help),
+            "{flag}: {help}"
+        );
+    }
+
+    // With a target and phases of this test's own it places orders and ends well.
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let own = [format!("--target={}", server.url("")), "--phases=1s@20".to_owned()];
+    let others =
+        args.iter().filter(|arg| !arg.starts_with("--target") && !arg.starts_with("--phases"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_order-load"));
+    let output = command.args(own).args(others).output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(server.scrape().await.value("product_order_total", &[]) >= 1.0);
+    let target = args.iter().find_map(|arg| arg.strip_prefix("--target=")).unwrap();
+    assert_eq!(target, "http://order-service.orders.svc:8181");
+}
+
+#[tokio::test]
+#[ignore = "needs kustomize; run by make test"]
 async fn the_demo_reaches_its_database() {
     let manifests = rendered("k8s/overlays/demo").await;
     let service = manifest(&manifests, "Service", "postgres");
