@@ -79,6 +79,8 @@ impl Sqlite {
     /// One connection for all: each has a memory of its own, and it ends with its connection.
     pub(super) async fn open_memory() -> Result<Self, String> {
         let one = SqlitePoolOptions::new().max_connections(1).idle_timeout(None).max_lifetime(None);
+        // A caller that goes while its connection is tested takes that connection with it.
+        let one = one.test_before_acquire(false);
         let pool = open(one, &SqliteConnectOptions::new().in_memory(true)).await?;
         Ok(Self { writer: pool.clone(), readers: pool, _lock: None })
     }
