@@ -1,6 +1,7 @@
 //! Peers that take more than their share: those that do not read, and those that only reset.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,6 +12,7 @@ use std::{
 use order_service::proto::{ListRequest, PlaceRequest};
 use tokio::time::timeout;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use crate::{
     peers::{call, connect, place, with_window},
@@ -43,6 +45,30 @@ async fn peers_that_do_not_read_free_their_permits_at_the_time_limit() {
         let mut body = answer.await.unwrap().into_body();
         assert!(body.data().await.unwrap().unwrap_err().is_reset());
     }
+}
+
+/// Clients that are refused together must not come back together.
+#[tokio::test]
+async fn the_advice_when_to_retry_is_spread_at_random() {
+    let args = ["--max-in-flight", "1", "--processing-delay", "60s", "--request-timeout", "60s"];
+    let server = Process::start("sqlite::memory:", &args).await;
+    let mut holding = with_window(server.api, 65_535).await;
+    let held = call(&mut holding, place()).await;
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
+    let mut grpc = server.grpc().await;
+    let (mut delays, mut seconds) = (BTreeSet::new(), BTreeSet::new());
+    for _ in 0..40 {
+        let order = PlaceRequest { product_id: "book".into(), ..Default::default() };
+        let status = grpc.place(order).await.unwrap_err();
+        delays.insert(status.get_details_retry_info().unwrap().retry_delay.unwrap());
+        let response = reqwest::get(server.url("/product")).await.unwrap();
+        seconds.insert(response.headers()["retry-after"].to_str().unwrap().to_owned());
+    }
+    let range = Duration::from_millis(250)..Duration::from_millis(1250);
+    assert!(delays.len() > 20 && delays.iter().all(|delay| range.contains(delay)), "{delays:?}");
+    // Forty of the same would be chance once in 100 000 times.
+    assert_eq!(seconds, BTreeSet::from(["1".to_owned(), "2".to_owned()]));
+    drop(held);
 }
 
 #[tokio::test]
