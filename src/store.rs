@@ -1,4 +1,4 @@
-//! Where orders are kept: the queue and the group commit ([`batcher`]), and the two engines. The only
+//! Where orders are kept: the queue and the group commit (`batcher`), and the two engines. The only
 //! SQL of the service is in this module's children.
 //!
 //! Knows [`mod@crate::order`], the handles of [`crate::metrics`] and the database URL; nothing of the

@@ -195,7 +195,12 @@ pub fn place(product: &str) -> PlaceRequest {
 
 /// Opens the stream that ends as its product says.
 pub async fn count(server: &InProcess, end: &str) -> Result<Streaming<PlaceResponse>, Status> {
-    let mut grpc = tonic::client::Grpc::new(channel(server.api).await);
+    count_on(channel(server.api).await, end).await
+}
+
+/// The same on a connection.
+pub async fn count_on(channel: Channel, end: &str) -> Result<Streaming<PlaceResponse>, Status> {
+    let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.unwrap();
     let codec = ProstCodec::<PlaceRequest, PlaceResponse>::default();
     let path = http::uri::PathAndQuery::from_static(STREAM);

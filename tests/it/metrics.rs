@@ -12,11 +12,12 @@ use proptest::{
 };
 use reqwest::Client;
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet};
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic_prost::ProstCodec;
 
 use crate::{
-    in_process::{InProcess, STREAM, assert_at_rest, count, in_flight, place},
+    in_process::{InProcess, STREAM, assert_at_rest, count, count_on, in_flight, place},
     support::{Page, Process, channel, exchange, scrape_until},
 };
 
@@ -295,25 +296,42 @@ async fn a_random_mix_never_shows_more_ends_than_starts() {
     let server = InProcess::start(&["--max-in-flight", "8"]).await;
     let (api, admin) = (server.api, server.admin);
     let mut mix = JoinSet::new();
-    for caller in 0..12 {
+    let mut runner = TestRunner::default();
+    for _ in 0..12 {
         let (channel, client) = (channel(api).await, Client::new());
+        let each = (0..12_usize, 0..2000_u64);
+        let calls = proptest::collection::vec(each, 60).new_tree(&mut runner).unwrap().current();
         mix.spawn(async move {
-            for i in 0..60 {
-                match (caller + i) % 6 {
-                    0 => drop(OrderServiceClient::new(channel.clone()).place(place("book")).await),
-                    1 => drop(OrderServiceClient::new(channel.clone()).place(place("")).await),
-                    2 => drop(client.get(format!("http://{api}/product")).send().await),
-                    3 => drop(client.get(format!("http://{api}/test/panic")).send().await),
-                    4 => drop(client.post(format!("http://{api}/some")).send().await),
-                    _ => {
-                        let mut grpc = OrderServiceClient::new(channel.clone());
-                        let at_once = Duration::from_micros(200);
-                        let _ = tokio::time::timeout(at_once, grpc.place(place("book"))).await;
+            for (kind, micros) in calls {
+                let http = |method, path| client.request(method, format!("http://{api}{path}"));
+                let mut grpc = OrderServiceClient::new(channel.clone());
+                match kind {
+                    0 | 1 => drop(grpc.place(place("book")).await),
+                    2 => drop(grpc.place(place("")).await),
+                    3 => drop(http(Method::GET, "/product").send().await),
+                    4 => drop(http(Method::HEAD, "/product").send().await),
+                    5 => drop(http(Method::GET, "/test/panic").send().await),
+                    6 => drop(http(Method::GET, "/test/panic-body").send().await),
+                    7 => drop(http(Method::POST, "/some").send().await),
+                    8 => {
+                        // Hangs up at any moment.
+                        let hang_up = Duration::from_micros(micros);
+                        let _ = tokio::time::timeout(hang_up, grpc.place(place("book"))).await;
+                    }
+                    kind => {
+                        let end = ["ends", "fails-third", "panics-third"][kind - 9];
+                        let Ok(mut stream) = count_on(channel.clone(), end).await else { continue };
+                        // Some streams are dropped in the middle.
+                        for _ in 0..micros % 5 {
+                            let _ = stream.message().await;
+                        }
                     }
                 }
             }
         });
     }
+    let mixed = CancellationToken::new();
+    let done = mixed.clone();
     let scraping = tokio::spawn(async move {
         let mut scrapes = 0;
         loop {
@@ -324,14 +342,18 @@ async fn a_random_mix_never_shows_more_ends_than_starts() {
                 assert!(handled <= page.value("grpc_server_started_total", &[&label]));
             }
             scrapes += 1;
-            if page.value("product_order_total", &[]) >= 100.0 && scrapes > 20 {
+            if done.is_cancelled() && scrapes > 20 {
                 return;
             }
         }
     });
     mix.join_all().await;
+    mixed.cancel();
     scraping.await.unwrap();
     let page = scrape_until(admin, |page| in_flight(page) == 0.0).await;
     assert_at_rest(&page);
+    for label in ["grpc_code=\"OK\"", "grpc_code=\"Canceled\"", "grpc_code=\"Internal\""] {
+        assert!(page.sum("grpc_server_handled_total", &[label]) > 0.0, "{label}");
+    }
     server.stop().await;
 }
