@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use crate::{args::Protocol, pool::Event, target::Target};
+use crate::{args::Protocol, keeper::Event, target::Target};
 
 /// Time limit of TCP's and TLS's handshakes together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -159,7 +159,7 @@ impl Connection {
     /// Begins no further call on it, and has it replaced; those in flight go on.
     pub fn leave(&self) {
         if !self.leaving.swap(true, Ordering::Relaxed) {
-            // Without a pool there is nothing to replace it in.
+            // The keeper, which listens, lives as long as the process.
             let _ = self.events.send(Event::Gone(self.number));
         }
     }

@@ -14,6 +14,7 @@ use order_service::{
         GetRequest, GetResponse, ListRequest, ListResponse, Order, PlaceRequest, PlaceResponse,
     },
 };
+use percent_encoding::percent_decode;
 use prost::Message;
 
 use crate::{
@@ -155,7 +156,7 @@ async fn read(response: Response<RecvStream>) -> Result<Bytes, Failure> {
 
 fn message(status: &HeaderMap) -> String {
     let message = status.get("grpc-message").map(HeaderValue::as_bytes).unwrap_or_default();
-    String::from_utf8_lossy(message).into_owned()
+    percent_decode(message).decode_utf8_lossy().into_owned()
 }
 
 /// By gRPC's table for answers of something that is no gRPC server.

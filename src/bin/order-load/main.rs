@@ -2,7 +2,7 @@
 //! them, and on request audits that none was lost, doubled or altered.
 //!
 //! - [`args`]: the flags; [`schedule`]: from phases to the moment of each order;
-//! - [`target`], [`tls`], [`connection`], [`pool`], [`spread`]: connections, spread over every address of the
+//! - [`target`], [`tls`], [`connection`], [`pool`], [`keeper`], [`spread`]: connections, spread over every address of the
 //!   target's name;
 //! - [`call`], [`grpc`], [`rest`]: one call in either protocol;
 //! - [`sender`]: sends each order at its moment, and again if it may have been lost;
@@ -17,6 +17,7 @@ mod audit;
 mod call;
 mod connection;
 mod grpc;
+mod keeper;
 mod load;
 mod pacer;
 mod pool;

@@ -4,32 +4,23 @@
 //! keeps addresses that refuse.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
-    time::Duration,
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use tokio::{
-    net::lookup_host,
-    sync::{Notify, mpsc, watch},
-    time::{Instant, sleep_until},
-};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
-    connection::{Connection, Driver, Sender, open},
-    spread::{Peer, Plan, plan},
+    connection::{Connection, Sender},
+    keeper::{Event, Keeper},
     target::Target,
 };
 
-/// How often the target's name is looked up: a headless Service's addresses change.
-const LOOKUP: Duration = Duration::from_secs(5);
-
-/// How often while it has no address yet.
-const FIRST_LOOKUP: Duration = Duration::from_millis(500);
-
-/// A connection that ends so soon without an answer counts as one that was refused.
-const SHORT: Duration = Duration::from_secs(1);
+/// Connections to begin with; more are opened when calls wait for one.
+const FIRST_CONNECTIONS: usize = 10;
 
 /// Connections to every address of the target.
 #[derive(Debug, Clone)]
@@ -37,13 +28,17 @@ pub struct Pool {
     shared: Arc<Shared>,
 }
 
+/// What the users of the pool share with its [`Keeper`].
 #[derive(Debug)]
-struct Shared {
+pub struct Shared {
     /// Connections that can take a call, the longest unused first: so all get their share.
     ring: Mutex<VecDeque<Entry>>,
     freed: Notify,
     /// How many connections are open, and whether an attempt at one failed.
-    state: watch::Sender<(usize, bool)>,
+    pub state: watch::Sender<(usize, bool)>,
+    /// Whether connections closed for want of calls stay closed until there is one.
+    pub quiet: AtomicBool,
+    pub events: mpsc::UnboundedSender<Event>,
     /// Why there is no connection.
     trouble: Mutex<Option<String>>,
 }
@@ -55,25 +50,20 @@ struct Entry {
 }
 
 impl Pool {
-    /// Begins to connect, and keeps so many connections open to the end of the process.
+    /// Begins to connect, and keeps connections open, at most so many, or one for each address of the
+    /// target, to the end of the process.
     pub fn start(target: Target, connections: usize) -> Self {
+        let (events, received) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             ring: Mutex::default(),
             freed: Notify::new(),
             state: watch::Sender::default(),
+            quiet: AtomicBool::new(false),
+            events,
             trouble: Mutex::default(),
         });
-        let (events, received) = mpsc::unbounded_channel();
-        let keeper = Keeper {
-            target: Arc::new(target),
-            wanted: connections,
-            shared: shared.clone(),
-            events,
-            addresses: Vec::new(),
-            peers: HashMap::new(),
-            live: HashMap::new(),
-            opened: 0,
-        };
+        let first = connections.min(FIRST_CONNECTIONS);
+        let keeper = Keeper::new(target, first, connections, shared.clone());
         tokio::spawn(keeper.keep(received));
         Self { shared }
     }
@@ -90,6 +80,9 @@ impl Pool {
                 }
                 return lease;
             }
+            if !waited {
+                self.shared.tell(Event::Wanted);
+            }
             freed.await;
             waited = true;
         }
@@ -97,6 +90,9 @@ impl Pool {
 
     /// A connection for one call, if one is free.
     pub fn try_lease(&self) -> Option<Lease> {
+        if self.shared.quiet.load(Ordering::Relaxed) {
+            self.shared.tell(Event::Wanted);
+        }
         let mut ring = self.ring();
         while let Some(entry) = ring.pop_front() {
             if entry.connection.is_leaving() {
@@ -131,11 +127,12 @@ impl Pool {
         self.shared.state.borrow().0 > 0
     }
 
-    /// Waits until so many connections are open or an attempt failed: what is due then does not pay
-    /// for the handshakes.
+    /// Waits until the first connections are open or an attempt failed: what is due then does not
+    /// pay for the handshakes.
     pub async fn opened(&self, connections: usize) {
+        let first = connections.min(FIRST_CONNECTIONS);
         let mut state = self.shared.state.subscribe();
-        let opened = state.wait_for(|(open, failed)| *open >= connections || *failed).await;
+        let opened = state.wait_for(|(open, failed)| *open >= first || *failed).await;
         drop(opened.expect("the pool holds the sender"));
     }
 
@@ -151,11 +148,23 @@ impl Pool {
 }
 
 impl Shared {
+    /// An attempt to connect failed, for this reason.
+    pub fn trouble_is(&self, cause: String) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
+        self.state.send_modify(|state| state.1 = true);
+    }
+
     fn ring(&self) -> MutexGuard<'_, VecDeque<Entry>> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn offer(&self, connection: Arc<Connection>, sender: Sender) {
+    pub fn tell(&self, event: Event) {
+        // The keeper, which listens, lives as long as the process.
+        let _ = self.events.send(event);
+    }
+
+    /// Puts a connection among those that can take a call.
+    pub fn offer(&self, connection: Arc<Connection>, sender: Sender) {
         if !connection.is_leaving() && !connection.in_ring.swap(true, Ordering::Relaxed) {
             self.ring().push_back(Entry { connection, sender });
             self.freed.notify_one();
@@ -205,154 +214,5 @@ impl Drop for Lease {
             self.connection.leave();
         }
         self.pool.offer(self.connection.clone(), sender);
-    }
-}
-
-/// What happens to connections.
-pub enum Event {
-    Opened(Arc<Connection>, Sender, Driver),
-    Refused(SocketAddr, String),
-    /// Takes no more calls.
-    Gone(u64),
-}
-
-/// Looks up the name, and opens and replaces connections.
-struct Keeper {
-    target: Arc<Target>,
-    wanted: usize,
-    shared: Arc<Shared>,
-    events: mpsc::UnboundedSender<Event>,
-    addresses: Vec<SocketAddr>,
-    peers: HashMap<SocketAddr, Peer>,
-    live: HashMap<u64, Live>,
-    opened: u64,
-}
-
-struct Live {
-    connection: Arc<Connection>,
-    since: Instant,
-}
-
-impl Keeper {
-    async fn keep(mut self, mut events: mpsc::UnboundedReceiver<Event>) {
-        let mut lookup = Instant::now();
-        loop {
-            if lookup <= Instant::now() {
-                self.look_up().await;
-                let wait = if self.addresses.is_empty() { FIRST_LOOKUP } else { LOOKUP };
-                lookup = Instant::now() + wait;
-            }
-            self.spread();
-            let due = self.peers.values().filter_map(Peer::retry_at).min();
-            let wake = due.map_or(lookup, |due| due.min(lookup));
-            tokio::select! {
-                Some(event) = events.recv() => self.handle(event),
-                () = sleep_until(wake) => {}
-            }
-            let open = self.live.len();
-            self.shared
-                .state
-                .send_if_modified(|state| std::mem::replace(&mut state.0, open) != open);
-        }
-    }
-
-    async fn look_up(&mut self) {
-        match lookup_host((self.target.host.as_str(), self.target.port)).await {
-            Ok(found) => {
-                let mut found: Vec<_> = found.collect();
-                found.sort();
-                found.dedup();
-                self.addresses = found;
-                self.peers.retain(|address, peer| {
-                    peer.connections > 0 || self.addresses.contains(address)
-                });
-            }
-            // The addresses known so far stay.
-            Err(error) => self.trouble(format!("{}: {error}", self.target.host)),
-        }
-    }
-
-    fn spread(&mut self) {
-        let Plan { open, retire } =
-            plan(&self.addresses, &mut self.peers, self.wanted, Instant::now());
-        for address in open {
-            self.open(address);
-        }
-        for (address, excess) in retire {
-            let there = self.live.values().filter(|live| live.connection.address == address);
-            let there: Vec<_> = there.map(|live| live.connection.number).take(excess).collect();
-            for number in there {
-                if let Some(live) = self.remove(number) {
-                    live.connection.leave();
-                }
-            }
-        }
-    }
-
-    fn open(&mut self, address: SocketAddr) {
-        let number = self.opened;
-        self.opened += 1;
-        let (target, events) = (self.target.clone(), self.events.clone());
-        tokio::spawn(async move {
-            let connection = Connection::new(number, address, events.clone());
-            let event = match open(&target, address).await {
-                Ok((sender, driver)) => Event::Opened(Arc::new(connection), sender, driver),
-                Err(cause) => Event::Refused(address, cause),
-            };
-            // Without a keeper the run is over.
-            let _ = events.send(event);
-        });
-    }
-
-    fn handle(&mut self, event: Event) {
-        match event {
-            Event::Opened(connection, sender, driver) => {
-                self.peer(connection.address).live += 1;
-                let live = Live { connection: connection.clone(), since: Instant::now() };
-                self.live.insert(connection.number, live);
-                let ending = connection.clone();
-                tokio::spawn(async move {
-                    driver.await;
-                    ending.leave();
-                });
-                self.shared.offer(connection, sender);
-            }
-            Event::Refused(address, cause) => {
-                let peer = self.peer(address);
-                peer.connections -= 1;
-                peer.refused(Instant::now());
-                self.trouble(cause);
-            }
-            Event::Gone(number) => {
-                // Those that were let go on purpose are removed already.
-                let Some(Live { connection, since }) = self.remove(number) else { return };
-                let useless = connection.answers() == 0 && since.elapsed() < SHORT;
-                let address = connection.address;
-                let peer = self.peer(address);
-                if useless {
-                    peer.refused(Instant::now());
-                    self.trouble(format!("{address}: the connection was closed at once"));
-                } else {
-                    peer.accepted();
-                }
-            }
-        }
-    }
-
-    fn remove(&mut self, number: u64) -> Option<Live> {
-        let live = self.live.remove(&number)?;
-        let peer = self.peer(live.connection.address);
-        peer.connections -= 1;
-        peer.live -= 1;
-        Some(live)
-    }
-
-    fn peer(&mut self, address: SocketAddr) -> &mut Peer {
-        self.peers.entry(address).or_default()
-    }
-
-    fn trouble(&self, cause: String) {
-        *self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
-        self.shared.state.send_modify(|state| state.1 = true);
     }
 }

@@ -58,7 +58,9 @@ pub fn plan(
 ) -> Plan {
     let mut plan = Plan::default();
     for address in addresses {
-        let peer = peers.entry(*address).or_default();
+        peers.entry(*address).or_default();
+    }
+    for peer in peers.values_mut() {
         if peer.retry_at.is_some_and(|at| at <= now) {
             peer.retry_at = None;
         }
