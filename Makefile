@@ -3,7 +3,7 @@
 CARGO ?= cargo
 TOOLS := $(CURDIR)/.tools
 
-.PHONY: run load test image-test tools lint bench bench-instructions capacity
+.PHONY: run load bench-load test image-test tools lint bench bench-instructions capacity
 
 ## Builds and starts the service on its embedded database, ./orders.db
 run:
@@ -40,3 +40,7 @@ image-test:
 ## What one replica with one core takes; needs DATABASE_URL, a PostgreSQL of which nothing is kept
 capacity:
 	bench/capacity.sh
+
+## Whether order-load keeps a server busy, beside h2load and wrk: each on a core of its own
+bench-load:
+	bench/load.sh

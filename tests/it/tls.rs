@@ -23,13 +23,13 @@ use crate::{
 };
 
 /// A CA, and certificates that it signed, as PEM files.
-struct Pki {
+pub struct Pki {
     dir: TempDir,
     ca: CertifiedIssuer<'static, KeyPair>,
 }
 
 impl Pki {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new([]).unwrap();
         params.distinguished_name.push(DnType::CommonName, "a CA for tests");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -39,12 +39,12 @@ impl Pki {
         pki
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Writes `NAME.pem` and `NAME.key` for a host.
-    fn issue(&self, name: &str, host: &str) {
+    pub fn issue(&self, name: &str, host: &str) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([host.to_owned()]).unwrap();
         params.distinguished_name.push(DnType::CommonName, host);
@@ -68,7 +68,7 @@ impl Pki {
         Steady::start(&[&target[..], &["-ca", &ca, "-cert", &cert, "-key", &key]].concat())
     }
 
-    async fn serve(&self, more: &[String]) -> Process {
+    pub async fn serve(&self, more: &[String]) -> Process {
         let flags = [self.flags(), more.to_vec()].concat();
         let flags: Vec<_> = flags.iter().map(String::as_str).collect();
         Process::start("sqlite::memory:", &flags).await

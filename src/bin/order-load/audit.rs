@@ -134,13 +134,13 @@ pub async fn audit(sender: &Sender, journal: &Journal, before: SystemTime, due: 
         .filter_map(async |(number, problem)| Some((number, problem?)))
         .collect()
         .await;
-    let lost = read.iter().filter(|(_, problem)| problem.kind == Kind::Lost);
-    let not_found: HashSet<_> = lost.map(|(number, _)| *number).collect();
+    let told: HashSet<_> = read.iter().map(|(number, _)| *number).collect();
     let mut problems: Vec<_> = read.into_iter().map(|(_, problem)| problem).collect();
 
-    let mut listed = Listed { due, ..Listed::default() };
+    let numbers = acknowledged.iter().map(|(number, id)| (id.to_string(), *number)).collect();
+    let mut listed = Listed { due, numbers, told, ..Listed::default() };
     match list(sender, before, &mut listed).await {
-        Ok(()) => listed.compare(&acknowledged, &not_found),
+        Ok(()) => listed.compare(&acknowledged),
         Err((code, cause)) => {
             let what = format!("the list cannot be read to its end: {code}: {cause}");
             problems.push(Problem { kind: Kind::Unread, what });
@@ -190,6 +190,10 @@ fn difference(sender: &Sender, number: u64, seen: &SeenOrder) -> Option<String> 
 #[derive(Debug, Default)]
 struct Listed {
     due: u64,
+    /// The acknowledged ones by their ids.
+    numbers: HashMap<String, u64>,
+    /// Those with which something is wrong by their ids already.
+    told: HashSet<u64>,
     /// By the number of the order.
     ids: HashMap<u64, Vec<String>>,
     problems: Vec<Problem>,
@@ -198,14 +202,22 @@ struct Listed {
 impl Listed {
     fn see(&mut self, sender: &Sender, order: &SeenOrder) {
         let prefix = sender.names.prefix();
-        let Some(number) = order.product.strip_prefix(&prefix) else { return };
-        let altered = match number.parse::<u64>() {
-            Ok(number) if number < self.due => {
-                let altered = difference(sender, number, order);
+        let by_product = order.product.strip_prefix(&prefix).map(str::parse);
+        // What was acknowledged is that order, whatever has become of its product.
+        let altered = match (self.numbers.get(&order.id), by_product) {
+            (Some(number), _) => {
+                let number = *number;
                 self.ids.entry(number).or_default().push(order.id.clone());
-                altered
+                difference(sender, number, order).filter(|_| !self.told.contains(&number))
             }
-            _ => Some(format!("is {} of {:?}, never ordered", order.quantity, order.product)),
+            (None, Some(Ok(number))) if number < self.due => {
+                self.ids.entry(number).or_default().push(order.id.clone());
+                difference(sender, number, order)
+            }
+            (None, Some(_)) => {
+                Some(format!("is {} of {:?}, never ordered", order.quantity, order.product))
+            }
+            (None, None) => None,
         };
         if let Some(what) = altered {
             let what = format!("listed order {} {what}", order.id);
@@ -213,10 +225,10 @@ impl Listed {
         }
     }
 
-    fn compare(&mut self, acknowledged: &[(u64, OrderId)], not_found: &HashSet<u64>) {
+    fn compare(&mut self, acknowledged: &[(u64, OrderId)]) {
         for (number, id) in acknowledged {
             let listed = self.ids.get(number).is_some_and(|ids| ids.contains(&id.to_string()));
-            if !listed && !not_found.contains(number) {
+            if !listed && !self.told.contains(number) {
                 let what = format!("order {number} ({id}) was acknowledged and is not in the list");
                 self.problems.push(Problem { kind: Kind::Lost, what });
             }

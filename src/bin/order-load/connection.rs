@@ -1,9 +1,13 @@
 //! One connection to one address.
 
 use std::{
+    error::Error,
     io,
     net::SocketAddr,
-    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -40,8 +44,8 @@ pub enum Sender {
     Http2(h2::client::SendRequest<Bytes>),
 }
 
-/// The work of a connection; it ends with it.
-pub type Driver = BoxFuture<'static, ()>;
+/// The work of a connection; it ends with it, and tells why if not in order.
+pub type Driver = BoxFuture<'static, Option<String>>;
 
 /// Connects.
 ///
@@ -80,14 +84,21 @@ where
             builder.initial_window_size(WINDOW).initial_connection_window_size(WINDOW);
             builder.enable_push(false);
             let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
-            // Its error reaches the calls that it ends.
-            Ok((Sender::Http2(sender), Box::pin(async { drop(connection.await) })))
+            Ok((Sender::Http2(sender), Box::pin(async { connection.await.err().map(in_words) })))
         }
         Protocol::Http => {
             let handshake = http1::Builder::new().handshake(TokioIo::new(stream)).await;
             let (sender, connection) = handshake.map_err(io::Error::other)?;
-            Ok((Sender::Http1(sender), Box::pin(async { drop(connection.await) })))
+            Ok((Sender::Http1(sender), Box::pin(async { connection.await.err().map(in_words) })))
         }
+    }
+}
+
+/// An error and what it came of.
+pub fn in_words(error: impl Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }
 
@@ -128,6 +139,8 @@ pub struct Connection {
     leaving: AtomicBool,
     answers: AtomicU64,
     events: UnboundedSender<Event>,
+    /// Why it ended.
+    pub cause: OnceLock<String>,
 }
 
 impl Connection {
@@ -140,6 +153,7 @@ impl Connection {
             leaving: AtomicBool::new(false),
             answers: AtomicU64::new(0),
             events,
+            cause: OnceLock::new(),
         }
     }
 

@@ -1,11 +1,6 @@
 //! Keeps the connections of a pool: looks the name up, opens connections and replaces those that go.
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::lookup_host,
@@ -81,7 +76,7 @@ impl Keeper {
                 lookup = Instant::now() + wait;
             }
             let mut wake = lookup;
-            if !self.shared.quiet.load(Ordering::Relaxed) {
+            if !self.shared.is_quiet() {
                 self.spread();
                 let due = self.peers.values().filter_map(Peer::retry_at).min();
                 wake = due.map_or(lookup, |due| due.min(lookup));
@@ -150,9 +145,15 @@ impl Keeper {
                 self.peer(connection.address).live += 1;
                 let live = Live { connection: connection.clone(), since: Instant::now() };
                 self.live.insert(connection.number, live);
-                let ending = connection.clone();
+                let (ending, shared) = (connection.clone(), self.shared.clone());
                 tokio::spawn(async move {
-                    driver.await;
+                    if let Some(cause) = driver.await {
+                        let cause = ending.cause.get_or_init(|| cause);
+                        // The calls that it ended may have told of its end, and not why.
+                        if ending.answers() == 0 {
+                            shared.trouble_is(format!("{}: {cause}", ending.address));
+                        }
+                    }
                     ending.leave();
                 });
                 self.shared.offer(connection, sender);
@@ -165,7 +166,7 @@ impl Keeper {
             }
             Event::Wanted => {
                 // While some are being opened, they may be enough.
-                let quiet = self.shared.quiet.swap(false, Ordering::Relaxed);
+                let quiet = self.shared.wake();
                 if !quiet && self.live.len() >= self.wanted {
                     self.wanted = (self.wanted * 2).min(self.most);
                 }
@@ -179,11 +180,15 @@ impl Keeper {
                 let peer = self.peer(address);
                 if useless {
                     peer.refused(Instant::now());
-                    self.shared.trouble_is(format!("{address}: the connection was closed at once"));
+                    let cause = connection.cause.get().map(String::as_str);
+                    let cause = cause.unwrap_or("the connection was closed at once");
+                    self.shared.trouble_is(format!("{address}: {cause}"));
                 } else {
                     peer.accepted();
                     // Servers close what stays idle: to open it again at once would go on for ever.
-                    self.shared.quiet.fetch_or(unused, Ordering::Relaxed);
+                    if unused {
+                        self.shared.be_quiet();
+                    }
                 }
             }
         }

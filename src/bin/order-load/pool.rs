@@ -7,7 +7,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -37,7 +37,9 @@ pub struct Shared {
     /// How many connections are open, and whether an attempt at one failed.
     pub state: watch::Sender<(usize, bool)>,
     /// Whether connections closed for want of calls stay closed until there is one.
-    pub quiet: AtomicBool,
+    quiet: AtomicBool,
+    /// Calls that wait for a connection.
+    waiting: AtomicUsize,
     pub events: mpsc::UnboundedSender<Event>,
     /// Why there is no connection.
     trouble: Mutex<Option<String>>,
@@ -59,6 +61,7 @@ impl Pool {
             freed: Notify::new(),
             state: watch::Sender::default(),
             quiet: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
             events,
             trouble: Mutex::default(),
         });
@@ -83,6 +86,7 @@ impl Pool {
             if !waited {
                 self.shared.tell(Event::Wanted);
             }
+            let _waiting = Waiting::new(&self.shared.waiting);
             freed.await;
             waited = true;
         }
@@ -158,6 +162,21 @@ impl Shared {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Connections that closed unused need not be opened again before there is a call.
+    pub fn be_quiet(&self) {
+        self.quiet.store(true, Ordering::Relaxed);
+    }
+
+    /// There is a call. Whether it was quiet.
+    pub fn wake(&self) -> bool {
+        self.quiet.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether no connection needs to be opened: never while a call waits for one.
+    pub fn is_quiet(&self) -> bool {
+        self.quiet.load(Ordering::Relaxed) && self.waiting.load(Ordering::Relaxed) == 0
+    }
+
     pub fn tell(&self, event: Event) {
         // The keeper, which listens, lives as long as the process.
         let _ = self.events.send(event);
@@ -169,6 +188,22 @@ impl Shared {
             self.ring().push_back(Entry { connection, sender });
             self.freed.notify_one();
         }
+    }
+}
+
+/// A call that waits, also one that stops waiting.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     call::{Answer, Code, Failure, NewOrder, Page, SeenOrder, X_SERVED_BY},
+    connection::in_words,
     target::Base,
 };
 
@@ -162,6 +163,5 @@ async fn body_of(response: Response<Incoming>) -> Result<Bytes, Failure> {
 }
 
 fn lost(error: &hyper::Error) -> Failure {
-    let cause = std::error::Error::source(error).map(|source| format!(": {source}"));
-    Failure::Lost(format!("{error}{}", cause.unwrap_or_default()))
+    Failure::Lost(in_words(error))
 }

@@ -143,6 +143,10 @@ impl Sender {
         {
             return Some((lease, permit));
         }
+        // In an overload most orders end here: without a timer.
+        if at + self.timeout <= Instant::now() && self.pool.is_connected() {
+            return None;
+        }
         let turn = async {
             let permit = unfinished.clone().acquire_owned().await;
             (self.pool.lease().await, permit.expect("the semaphore is never closed"))

@@ -58,9 +58,10 @@ impl Target {
         {
             return Err(bad());
         }
-        let port = match (authority.port(), authority.as_str().ends_with(':')) {
-            (None, false) => Some(if secure { 443 } else { 80 }),
-            _ => authority.port_u16().filter(|port| *port > 0),
+        // What http makes of a port that is none is no port at all.
+        let port = match authority.as_str()[authority.host().len()..].strip_prefix(':') {
+            None => Some(if secure { 443 } else { 80 }),
+            Some(port) => port.parse().ok().filter(|port| *port > 0),
         };
         let port = port.ok_or_else(bad)?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
