@@ -1,5 +1,6 @@
-//! Durable orders per second: the store's group commit against one transaction for each order, by
-//! turns in one run, on the same machine and disk, both with full durability.
+//! Durable orders per second: the store's group commit against one transaction for each order, and
+//! two replicas on one PostgreSQL against one; by turns in one run, on the same machine and disk, all
+//! with full durability.
 //!
 //! `cargo bench --bench group_commit`; PostgreSQL's part starts a server of its own where Debian's
 //! programs are installed.
@@ -18,7 +19,7 @@ use std::{
 use order_service::{
     metrics::Metrics,
     order::{Order, Quantity},
-    store::{NewOrder, Store, StoreHealth},
+    store::{NewOrder, Store, StoreHealth, Writers},
 };
 use sqlx::{
     PgPool, SqlitePool,
@@ -65,6 +66,48 @@ fn median(mut rates: Vec<f64>) -> f64 {
     rates[rates.len() / 2]
 }
 
+/// A replica's store, and what it records.
+struct Replica {
+    store: Store,
+    writers: Writers,
+    metrics: Metrics,
+}
+
+impl Replica {
+    async fn open(url: &str) -> Self {
+        let metrics = Metrics::new("bench", "bench").unwrap();
+        let (url, health) = (url.parse().unwrap(), StoreHealth::new());
+        let (store, writers) = Store::open(url, 4, metrics.store.clone(), health).await.unwrap();
+        Self { store, writers, metrics }
+    }
+
+    /// Orders in a batch on average, over all that it has committed.
+    fn mean_batch(&self) -> f64 {
+        let batches = &self.metrics.store.batch_orders;
+        batches.get_sample_sum() / batches.get_sample_count() as f64
+    }
+
+    async fn close(self) {
+        drop(self.store);
+        self.writers.finished().await.expect("every order is settled");
+    }
+}
+
+/// Places orders through these stores, by turns, with this many callers in all.
+async fn grouped_rate(stores: &[&Store], callers: usize) -> f64 {
+    let stores: Arc<[Store]> = stores.iter().copied().cloned().collect();
+    let turn = Arc::new(AtomicU64::new(0));
+    let place = move || {
+        let turn = turn.fetch_add(1, Ordering::Relaxed) as usize;
+        let store = stores[turn % stores.len()].clone();
+        async move {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            store.place(new_order(), deadline).await.unwrap();
+        }
+    };
+    rate(callers, place).await
+}
+
 /// Both sides by turns; prints a line.
 async fn compare<F>(
     engine: &str,
@@ -74,31 +117,33 @@ async fn compare<F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let metrics = Metrics::new("bench", "bench").unwrap();
-    let opening = Store::open(url.parse().unwrap(), 4, metrics.store.clone(), StoreHealth::new());
-    let (store, writers) = opening.await.unwrap();
+    let replica = Replica::open(url).await;
     let (mut grouped, mut single) = (Vec::new(), Vec::new());
     for _ in 0..TURNS {
         single.push(rate(callers, one_by_one.clone()).await);
-        let store = store.clone();
-        let place = move || {
-            let store = store.clone();
-            async move {
-                let deadline = Instant::now() + Duration::from_secs(30);
-                store.place(new_order(), deadline).await.unwrap();
-            }
-        };
-        grouped.push(rate(callers, place).await);
+        grouped.push(grouped_rate(&[&replica.store], callers).await);
     }
-    let batches = &metrics.store.batch_orders;
-    let mean_batch = batches.get_sample_sum() / batches.get_sample_count() as f64;
+    let mean_batch = replica.mean_batch();
     let (grouped, single) = (median(grouped), median(single));
     println!(
         "{engine:<10} {callers:>7} {single:>12.0} {grouped:>13.0} {:>6.1}x {mean_batch:>11.1}",
         grouped / single
     );
-    drop(store);
-    writers.finished().await.expect("every order is settled");
+    replica.close().await;
+}
+
+/// One replica and two on one server, by turns, with as many callers in all; prints a line.
+async fn compare_replicas(url: &str, callers: usize) {
+    let (first, second) = (Replica::open(url).await, Replica::open(url).await);
+    let (mut one, mut two) = (Vec::new(), Vec::new());
+    for _ in 0..TURNS {
+        one.push(grouped_rate(&[&first.store], callers).await);
+        two.push(grouped_rate(&[&first.store, &second.store], callers).await);
+    }
+    let (one, two) = (median(one), median(two));
+    println!("{callers:>7} {one:>12.0} {two:>13.0} {:>6.2}x", two / one);
+    first.close().await;
+    second.close().await;
 }
 
 const TABLE: &str = "CREATE TABLE one_by_one (id BLOB PRIMARY KEY, product_id TEXT NOT NULL, \
@@ -120,7 +165,8 @@ async fn sqlite_one_by_one(path: &Path) -> SqlitePool {
 }
 
 async fn postgres_one_by_one(url: &str) -> PgPool {
-    let pool = PgPoolOptions::new().max_connections(4);
+    // As many connections as the store has, and no ping before each use.
+    let pool = PgPoolOptions::new().max_connections(4).test_before_acquire(false);
     let pool = pool.acquire_timeout(Duration::from_secs(60)).connect(url).await.unwrap();
     let table = "CREATE TABLE one_by_one (id BYTEA PRIMARY KEY, product_id TEXT NOT NULL, \
         quantity INT4 NOT NULL, idempotency_key TEXT UNIQUE, placed_at INT8 NOT NULL)";
@@ -169,5 +215,10 @@ async fn main() {
             }
         };
         compare("PostgreSQL", &server.url(), callers, insert).await;
+    }
+    println!("\nPostgreSQL, one replica (2 writers) against two, with as many callers in all");
+    println!("{:>7} {:>12} {:>13} {:>7}", "callers", "one replica", "two replicas", "ratio");
+    for callers in [64, 256, 1024] {
+        compare_replicas(&server.url(), callers).await;
     }
 }

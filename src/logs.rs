@@ -7,6 +7,10 @@ use tracing_subscriber::{EnvFilter, fmt::MakeWriter, util::SubscriberInitExt as 
 
 use crate::config::LogFormat;
 
+/// Without the driver's lines of what the database server says to each connection: the store tells an
+/// outage once.
+const DEFAULT: [&str; 2] = ["info", "sqlx::postgres::notice=off"];
+
 /// Starts logging to stderr; `filter` is the value of `RUST_LOG`, see [`subscriber`].
 ///
 /// # Errors
@@ -63,7 +67,7 @@ fn read_filter(text: &str) -> Result<EnvFilter, String> {
         }
     }
     if !has_default {
-        all.insert(0, "info");
+        all.splice(0..0, DEFAULT);
     }
     EnvFilter::builder().parse(all.join(",")).map_err(|_| refused())
 }

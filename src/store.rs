@@ -144,6 +144,7 @@ impl Store {
         reading: impl Future<Output = Result<T, Failure>>,
         deadline: Instant,
     ) -> Result<T, StoreError> {
+        let begun = Instant::now();
         match timeout_at(deadline, reading).await {
             Ok(Ok(read)) => {
                 self.health.read_answered();
@@ -155,7 +156,7 @@ impl Store {
                 }
                 Err(failure.for_caller())
             }
-            Err(_) if self.health.is_failing() => Err(StoreError::Unavailable),
+            Err(_) if self.health.failed_since(begun) => Err(StoreError::Unavailable),
             Err(_) => Err(StoreError::DeadlineExceeded),
         }
     }

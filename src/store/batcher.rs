@@ -104,6 +104,7 @@ impl Queue {
         new: NewOrder,
         deadline: Instant,
     ) -> Result<Placed, StoreError> {
+        let begun = Instant::now();
         let state = Arc::new(AtomicU8::new(WAITING));
         let waiting = Waiting(state.clone());
         let (reply, answer) = oneshot::channel();
@@ -121,7 +122,7 @@ impl Queue {
             Ok(Ok(result)) => result,
             // The order was dropped because its time was up, as ours is.
             Ok(Err(_)) | Err(_) => {
-                if waiting.take_back() && !self.health.is_failing() {
+                if waiting.take_back() && !self.health.failed_since(begun) {
                     Err(StoreError::DeadlineExceeded)
                 } else {
                     Err(StoreError::Unavailable)

@@ -3,8 +3,10 @@
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 /// How the store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +44,8 @@ struct Noted {
     logged: Option<Instant>,
     /// Whether its end is yet to be logged.
     end_is_due: bool,
+    /// When a commit or a read failed last.
+    failed: Option<Instant>,
 }
 
 impl Default for StoreHealth {
@@ -58,6 +62,7 @@ impl StoreHealth {
             reads_alone: false,
             logged: None,
             end_is_due: false,
+            failed: None,
         };
         Self { noted: Arc::new(Mutex::new(noted)) }
     }
@@ -69,6 +74,13 @@ impl StoreHealth {
 
     pub(super) fn is_failing(&self) -> bool {
         matches!(self.lock().status, StoreStatus::Failing { .. })
+    }
+
+    /// Whether the store has failed since a call began: then that is why its time is up.
+    pub(super) fn failed_since(&self, begun: Instant) -> bool {
+        let noted = self.lock();
+        matches!(noted.status, StoreStatus::Failing { .. })
+            || noted.failed.is_some_and(|failed| failed >= begun)
     }
 
     /// Each new reason is logged once.
@@ -135,6 +147,7 @@ impl Noted {
             self.logged = Some(Instant::now());
             self.end_is_due = true;
         }
+        self.failed = Some(Instant::now());
         self.status = StoreStatus::Failing { why };
     }
 }

@@ -2,14 +2,16 @@
 //! with the test.
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     net::TcpListener,
-    path::PathBuf,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
 };
 
 use order_service::order::OrderId;
+use rustix::process::Pid;
 use sqlx::{Connection as _, PgConnection};
 use tempfile::TempDir;
 
@@ -19,6 +21,7 @@ pub const PASSWORD: &str = "s3cret";
 pub struct PostgresServer {
     dir: TempDir,
     pub port: u16,
+    settings: Vec<String>,
 }
 
 impl PostgresServer {
@@ -35,11 +38,8 @@ impl PostgresServer {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let password = dir.path().join("password");
         fs::write(&password, PASSWORD).unwrap();
-        if is_root() {
-            let owned = Command::new("chown").args(["-R", "postgres"]).arg(dir.path()).status();
-            assert!(owned.unwrap().success());
-        }
-        let server = Self { dir, port };
+        let server = Self { dir, port, settings: vec!["max_connections=30".to_owned()] };
+        server.give(server.dir.path());
         let password = password.to_str().unwrap();
         let data = server.data();
         server.program(
@@ -66,17 +66,66 @@ impl PostgresServer {
         self.dir.path().join("data").to_str().unwrap().to_owned()
     }
 
+    /// Settings for the next run, each `name=value`.
+    pub fn set(&mut self, settings: &[&str]) {
+        self.settings.extend(settings.iter().map(ToString::to_string));
+    }
+
+    /// Logins by the password itself. SCRAM's are slow in a debug build: on a busy machine one may
+    /// take the second that the service waits for a connection.
+    pub fn plain_logins(&self) {
+        let rules = self.dir.path().join("data/pg_hba.conf");
+        let text = fs::read_to_string(&rules).unwrap();
+        fs::write(&rules, text.replace("scram-sha-256", "password")).unwrap();
+    }
+
+    /// A file that the server may read, and nobody else.
+    pub fn private_file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        self.give(&path);
+        path
+    }
+
+    /// Makes a file or directory the server's.
+    pub fn give(&self, path: &Path) {
+        if is_root() {
+            let given = Command::new("chown").args(["-R", "postgres"]).arg(path).status();
+            assert!(given.unwrap().success());
+        }
+    }
+
     pub fn run(&self) {
-        let options = format!(
-            "-p {} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=30",
-            self.port
-        );
+        let mut options =
+            format!("-p {} -c listen_addresses=127.0.0.1 -c unix_socket_directories=", self.port);
+        for setting in &self.settings {
+            options += " -c ";
+            options += setting;
+        }
         let log = self.dir.path().join("log");
         let data = self.data();
         self.program(
             "pg_ctl",
             &["-D", &data, "-w", "-l", log.to_str().unwrap(), "-o", &options, "start"],
         );
+    }
+
+    /// The processes that serve the service's connections.
+    pub async fn backends(&self) -> Vec<Pid> {
+        let query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'order-service'";
+        let rows: Vec<(i32,)> =
+            sqlx::query_as(query).fetch_all(&mut self.connect().await).await.unwrap();
+        rows.into_iter().map(|(pid,)| Pid::from_raw(pid).unwrap()).collect()
+    }
+
+    /// All the connections that the server has left.
+    pub async fn hog(&self) -> Vec<PgConnection> {
+        let mut hogged = Vec::new();
+        while let Ok(connection) = PgConnection::connect(&self.url()).await {
+            hogged.push(connection);
+        }
+        hogged
     }
 
     /// Ends the server as a crash would, without a word to its clients.

@@ -61,6 +61,13 @@ impl Process {
         args: &[&str],
         adapt: impl FnOnce(&mut Command),
     ) -> Self {
+        let mut process = Self::spawn(database, args, adapt);
+        process.serving().await;
+        process
+    }
+
+    /// Starts a server and waits for nothing.
+    pub fn spawn(database: &str, args: &[&str], adapt: impl FnOnce(&mut Command)) -> Self {
         // By the environment, so that a test's flags win.
         let mut command = server_command(&[]);
         command.env("ORDER_LISTEN", "127.0.0.1:0").env("ORDER_ADMIN_LISTEN", "127.0.0.1:0");
@@ -82,11 +89,14 @@ impl Process {
             }
         });
         let nowhere = ([127, 0, 0, 1], 0).into();
-        let mut process = Self { child, log, lines, api: nowhere, admin: nowhere };
-        let line = process.logged("serving").await;
-        process.api = line["api"].as_str().unwrap().parse().unwrap();
-        process.admin = line["admin"].as_str().unwrap().parse().unwrap();
-        process
+        Self { child, log, lines, api: nowhere, admin: nowhere }
+    }
+
+    /// Waits until it serves; from then on its addresses are known.
+    pub async fn serving(&mut self) {
+        let line = self.logged("serving").await;
+        self.api = line["api"].as_str().unwrap().parse().unwrap();
+        self.admin = line["admin"].as_str().unwrap().parse().unwrap();
     }
 
     /// Waits for a log line with this message.
