@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use order_service::{
     order::{Order, OrderId, Placed},
-    store::{NewOrder, StoreError},
+    store::{NewOrder, StoreError, StoreStatus},
 };
 use sqlx::Executor as _;
 use tokio::time::Instant;
@@ -104,6 +104,31 @@ async fn the_drain_resolves_what_is_unknown() {
     proxied.proxy.set(Traffic::Passes);
     closing.await;
     assert_eq!(placed.get(), 2);
+}
+
+/// Those who waited and left are still in the queue when both writers have outcomes to find out.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn a_queue_full_of_callers_who_left_is_an_outage_and_no_overload() {
+    let proxied = Proxied::start().await;
+    let opened = &proxied.opened;
+    let unknown = proxied.commits_unanswered(new("book", None), later()).await;
+    let unsent = taken(opened, new("book", None), later()).await;
+    proxied.proxy.set(Traffic::IsCut);
+    until(|| matches!(opened.health.status(), StoreStatus::Failing { .. })).await;
+    for _ in 0..4096 {
+        let mut place = Box::pin(opened.store.place(new("left", None), later()));
+        assert!(futures_util::poll!(place.as_mut()).is_pending());
+    }
+    let refused = opened.store.place(new("book", None), later()).await;
+    assert_eq!(refused, Err(StoreError::Unavailable));
+
+    proxied.proxy.set(Traffic::Passes);
+    unknown.await.unwrap().unwrap();
+    unsent.await.unwrap().unwrap();
+    opened.store.place(new("book", None), later()).await.unwrap();
+    assert_eq!((opened.placed(), opened.all().await.len()), (4, 4));
+    proxied.opened.close().await;
 }
 
 #[tokio::test]
