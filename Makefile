@@ -13,6 +13,11 @@ run:
 load:
 	$(CARGO) run --release --bin order-load -- $(ARGS)
 
+## PostgreSQL, Prometheus and two processes of the service on loopback, without containers; Ctrl-C stops all
+stack: tools
+	$(CARGO) build --release
+	PATH="$(TOOLS)/bin:$$PATH" python3 -B stack/stack.py
+
 ## Installs what the tests need on a bare Debian machine and runs them all
 test: tools
 	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test -- --include-ignored

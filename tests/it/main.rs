@@ -35,6 +35,7 @@ mod prune;
 mod readme;
 mod replicas;
 mod shared_database;
+mod stack;
 mod store;
 mod strange_input;
 mod support;
