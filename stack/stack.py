@@ -259,7 +259,11 @@ class Stack:
         five minutes would be over only long after the load."""
         while len(self.replicas) < most:
             await asyncio.sleep(15)
-            orders = await asyncio.to_thread(self.orders_by_rate)
+            try:
+                orders = await asyncio.to_thread(self.orders_by_rate)
+            except OSError as failure:
+                print(f"Prometheus does not answer, asked again in 15 s: {failure}", file=sys.stderr)
+                continue
             while len(self.replicas) < min(most, math.ceil(orders / 20)):
                 await self.add_replica()
 
@@ -275,6 +279,9 @@ class Stack:
 
 
 async def main():
+    # A bad setting is refused before anything starts.
+    for name in ("REPLICAS", "MAX_REPLICAS", "API_PORT", "ADMIN_PORT", "PROMETHEUS_PORT"):
+        setting(f"STACK_{name}", 0)
     folder = Path(tempfile.mkdtemp(prefix="order-service-stack-"))
     # PostgreSQL's user must be able to enter.
     folder.chmod(0o711)
