@@ -73,6 +73,7 @@ if ! [ -x "$tools/bin/check-jsonschema" ]; then
   "$tools/kubernetes/bin/pip" install -q \
     "kubernetes-validate==$KUBERNETES_VALIDATE" "check-jsonschema==$CHECK_JSONSCHEMA"
   ln -sf ../kubernetes/bin/kubernetes-validate ../kubernetes/bin/check-jsonschema "$tools/bin/"
+fi
 
 if ! [ -x "$tools/picture/bin/python" ]; then
   python3 -m venv "$tools/picture"
