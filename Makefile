@@ -14,11 +14,13 @@ load:
 	$(CARGO) run --release --bin order-load -- $(ARGS)
 
 ## PostgreSQL, Prometheus and two processes of the service on loopback, without containers; Ctrl-C stops all
+.PHONY: stack
 stack: tools
 	$(CARGO) build --release
 	PATH="$(TOOLS)/bin:$$PATH" python3 -B stack/stack.py
 
 ## docs/dashboard.png: the dashboard's main panels after the tutorial's load test on the local stack
+.PHONY: picture
 picture: tools
 	$(CARGO) build --release
 	PATH="$(TOOLS)/bin:$$PATH" "$(TOOLS)/picture/bin/python" -B docs/picture.py

@@ -126,9 +126,9 @@ const MEASUREMENTS: [&str; 4] =
 /// All others, and the file that runs them.
 const RUN_IN: [(&str, &str); 5] = [
     ("make run", ".ci/smoke"),
-    ("make load", ".ci/smoke"),
-    ("make stack", ".ci/smoke"),
-    ("make picture", ".ci/smoke"),
+    ("make load", ".ci/commands"),
+    ("make stack", ".ci/commands"),
+    ("make picture", ".ci/commands"),
     ("make test", ".ci/run"),
 ];
 
@@ -150,7 +150,7 @@ fn every_command_of_the_readme_is_run_or_needs_a_cluster() {
         if let Some((command, file)) = run {
             let script = fs::read_to_string(file).unwrap();
             let line = |line: &str| {
-                let line = line.trim_start_matches("start ");
+                let line = line.trim().trim_start_matches("start ");
                 line == *command || line.starts_with(&format!("{command} "))
             };
             assert!(script.lines().any(line), "{file} does not run `{command}`");
