@@ -50,7 +50,7 @@ impl Stack {
             let url = url.find(&line).map(|url| url.as_str().to_owned());
             match line.split_whitespace().next() {
                 Some("PostgreSQL") => {
-                    stack.folder = folder.find(&line).unwrap().as_str().to_owned()
+                    stack.folder = folder.find(&line).unwrap().as_str().to_owned();
                 }
                 Some("API") => stack.api = url.unwrap(),
                 Some("Prometheus") => stack.prometheus = url.unwrap(),
