@@ -3,7 +3,9 @@
 # server on one core, the client on another. Needs taskset, h2load (nghttp2-client) and wrk.
 #
 # busy: the part of the time in which the server ran or waited for its core, by /proc/*/schedstat, so
-# that other work on the machine does not count as idleness. µs: CPU time per answered call.
+# that other work on the machine does not count as idleness; above 100 where two of its threads wait
+# at once. µs: CPU time per answered call. RATE is what order-load tries, in orders per second: it must
+# be above what the server can do, or the server rests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for tool in taskset h2load wrk; do
