@@ -293,10 +293,14 @@ async fn tls_and_client_certificates_are_spoken_over_either_protocol() {
         assert_eq!(run(&plain, &[&trusting[..], &["--audit"]].concat()).await.audited_well(), 10);
         assert_eq!(run(&mutual, &known).await.all_well(), 10);
         // Without a certificate the one refuses us, without its CA we the other.
-        for loaded in [run(&mutual, &trusting).await, run(&plain, &["--tls-ca", &cert]).await] {
+        let refused = run(&mutual, &trusting).await;
+        let refusing = run(&plain, &["--tls-ca", &cert]).await;
+        for loaded in [&refused, &refusing] {
             assert_eq!((loaded.code, &loaded.phase(0)["ok"]), (Some(1), &json!(0)), "{loaded:#?}");
-            assert!(loaded.stderr.contains("ertificate"), "{}", loaded.stderr);
         }
+        // The refusal of TLS 1.3 may come after our first bytes met a closed socket: it is not always
+        // what is told.
+        assert!(refusing.stderr.contains("certificate"), "{}", refusing.stderr);
     }
 }
 
