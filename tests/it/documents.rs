@@ -92,11 +92,18 @@ fn every_relative_link_leads_somewhere() {
 }
 
 /// What the README's blocks ask a shell to do: one for each line, continued lines joined, without the
-/// comments behind them.
+/// comments behind them; of a block of no language, which shows a session, what follows its prompts.
 fn commands(readme: &str) -> Vec<String> {
     let (_, blocks) = parted(readme);
-    let shell = blocks.iter().filter(|(language, _)| language == "sh" || language == "bash");
-    let joined = shell.map(|(_, block)| block.replace("\\\n", " ")).collect::<String>();
+    let shell = blocks.iter().filter_map(|(language, block)| match language.as_str() {
+        "sh" => Some(block.replace("\\\n", " ")),
+        "" => Some(
+            block.lines().filter_map(|line| line.strip_prefix("$ ")).collect::<Vec<_>>().join("\n")
+                + "\n",
+        ),
+        _ => None,
+    });
+    let joined = shell.collect::<String>();
     let comment = Regex::new(r"(^| )#.*$").unwrap();
     let spaces = Regex::new(" +").unwrap();
     let lines = joined.lines().map(|line| comment.replace(line, "").trim().to_owned());
@@ -120,11 +127,11 @@ const THROUGH_A_PORT_FORWARD: [&str; 1] =
     ["for i in $(seq 30); do curl -s http://127.0.0.1:8181/product; echo; done"];
 
 /// Measurements: they give figures for the documents, take long, and decide nothing.
-const MEASUREMENTS: [&str; 4] =
-    ["make bench", "make bench-instructions", "make bench-peers", "make image-test"];
+const MEASUREMENTS: [&str; 3] = ["make bench", "make bench-instructions", "make bench-peers"];
 
-/// All others, and the file that runs them.
-const RUN_IN: [(&str, &str); 5] = [
+/// All others by their beginning, and the file that runs them; it may give other arguments, such as a shorter load.
+const RUN_IN: [(&str, &str); 6] = [
+    ("cargo run --example place", ".ci/commands"),
     ("make run", ".ci/smoke"),
     ("make load", ".ci/commands"),
     ("make stack", ".ci/commands"),
@@ -142,23 +149,24 @@ fn every_command_of_the_readme_is_run_or_needs_a_cluster() {
         let elsewhere = ELSEWHERE.iter().any(|start| command.starts_with(start))
             || THROUGH_A_PORT_FORWARD.contains(&command.as_str())
             || MEASUREMENTS.contains(&command.as_str());
-        let run = RUN_IN.iter().find(|(known, _)| known == command);
+        let begins = |known: &str| command == known || command.starts_with(&format!("{known} "));
+        let run = RUN_IN.iter().find(|(known, _)| begins(known));
         assert!(
             elsewhere || run.is_some(),
             "nothing runs `{command}`, nor is it known to need a cluster"
         );
-        if let Some((command, file)) = run {
+        if let Some((known, file)) = run {
             let script = fs::read_to_string(file).unwrap();
             let line = |line: &str| {
                 let line = line.trim().trim_start_matches("start ");
-                line == *command || line.starts_with(&format!("{command} "))
+                line == *known || line.starts_with(&format!("{known} "))
             };
-            assert!(script.lines().any(line), "{file} does not run `{command}`");
+            assert!(script.lines().any(line), "{file} does not run `{known}`");
         }
     }
     // Blocks of other languages than these are read by other tests, or are no commands.
     for (language, block) in parted(&readme).1 {
-        let known = ["sh", "console", "promql", "sql", "yaml", "mermaid", "go", "java", "text"];
+        let known = ["", "sh", "console", "rust", "promql", "sql", "yaml", "mermaid", "go", "java"];
         assert!(known.contains(&language.as_str()), "{language}: {block}");
     }
 }
