@@ -8,6 +8,8 @@
 #
 # Both bases exist for amd64 and arm64, and nothing below names a processor. arm64 is untried.
 
+# Tags can move: a registry of your own may pin both bases by digest.
+#
 # At least Cargo.toml's `rust-version`, and on the same Debian as the runtime: it sets the oldest glibc.
 FROM docker.io/library/rust:1.95.0-slim-bookworm AS build
 WORKDIR /build

@@ -1,6 +1,6 @@
 //! The manifests: they render, they are valid to the letter, and their numbers agree.
 
-use std::fs;
+use std::{env, fs};
 
 use serde_json::{Value, json};
 
@@ -96,28 +96,73 @@ async fn the_custom_resources_are_strictly_valid() {
     assert!(!check(&bad, "podmonitor").await.0);
 }
 
-#[tokio::test]
-#[ignore = "needs kustomize; run by make test"]
-async fn the_components_fit_into_the_overlays() {
-    let dir = tempfile::tempdir_in("k8s/overlays").unwrap();
-    let components = ["postgres", "podmonitor"];
+/// What kustomize makes of `production` with components added and patched.
+async fn adapted(components: &[&str], patch: Option<&str>) -> Vec<Value> {
+    let dir = tempfile::tempdir().unwrap();
+    // kustomize takes relative paths only.
+    let up = "../".repeat(dir.path().canonicalize().unwrap().components().count() - 1);
+    let here = env::current_dir().unwrap().canonicalize().unwrap();
+    let k8s = format!("{up}{}/k8s", here.to_str().unwrap().trim_start_matches('/'));
+    let component = |name: &&str| format!("{k8s}/components/{name}");
     let mut kustomization = json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": ["../production"],
-        "components": components.map(|name| format!("../../components/{name}")),
+        "resources": [format!("{k8s}/overlays/production")],
+        "components": components.iter().map(component).collect::<Vec<_>>(),
     });
-    if fs::exists("k8s/components/grafana").unwrap() {
-        let all = kustomization["components"].as_array_mut().unwrap();
-        all.push(json!("../../components/grafana"));
+    if let Some(patch) = patch {
+        fs::write(dir.path().join("patch.yaml"), patch).unwrap();
+        kustomization["patches"] = json!([{"path": "patch.yaml"}]);
     }
     fs::write(dir.path().join("kustomization.yaml"), kustomization.to_string()).unwrap();
-    let manifests = rendered(dir.path().to_str().unwrap()).await;
+    rendered(dir.path().to_str().unwrap()).await
+}
+
+#[tokio::test]
+#[ignore = "needs kustomize; run by make test"]
+async fn the_components_fit_into_an_overlay() {
+    let manifests = adapted(&["postgres", "podmonitor", "grafana"], None).await;
     manifest(&manifests, "PodMonitor", "order-service");
     let policy = manifest(&manifests, "NetworkPolicy", "order-service");
     let from = &policy["spec"]["ingress"][1]["from"][0];
     let namespace = &from["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"];
     assert_eq!(namespace, "monitoring", "the Operator's Prometheus");
+}
+
+#[tokio::test]
+#[ignore = "needs kustomize; run by make test"]
+async fn the_readme_mounts_a_tls_secret() {
+    let readme = fs::read_to_string("README.md").unwrap();
+    let (_, tls) = readme.split_once("**TLS** for the API").unwrap();
+    let patch = tls.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+    let manifests = adapted(&[], Some(patch)).await;
+    let pod = pod(manifest(&manifests, "Deployment", "order-service"));
+    let mount = &pod["containers"][0]["volumeMounts"][0];
+    let settings = environment(pod);
+    for (setting, file) in [("ORDER_TLS_CERT", "tls.crt"), ("ORDER_TLS_KEY", "tls.key")] {
+        let path = format!("{}/{file}", mount["mountPath"].as_str().unwrap());
+        assert_eq!(settings[setting].as_ref(), Some(&path));
+    }
+    assert_eq!(pod["volumes"][0]["name"], mount["name"]);
+    // What was there is there still.
+    assert!(settings.contains_key("ORDER_MAX_IN_FLIGHT"));
+}
+
+#[test]
+fn what_the_readme_applies_is_there() {
+    let readme = fs::read_to_string("README.md").unwrap();
+    let mut paths = 0;
+    for line in readme.lines().filter(|line| line.starts_with("kubectl ")) {
+        let mut words = line.split_whitespace();
+        while let Some(word) = words.next() {
+            if ["-k", "-f"].contains(&word) && !line.contains("logs") {
+                let path = words.next().unwrap();
+                assert!(fs::exists(path).unwrap(), "{line}");
+                paths += 1;
+            }
+        }
+    }
+    assert!(paths >= 4, "{paths}");
 }
 
 #[tokio::test]
