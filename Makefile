@@ -3,7 +3,7 @@
 CARGO ?= cargo
 TOOLS := $(CURDIR)/.tools
 
-.PHONY: run load bench-load test image-test tools lint bench bench-instructions capacity
+.PHONY: run load bench-load test image-test tools lint bench bench-instructions capacity bench-peers bench-growth bench-build
 
 ## Builds and starts the service on its embedded database, ./orders.db
 run:
@@ -56,3 +56,17 @@ capacity:
 ## Whether order-load keeps a server busy, beside h2load and wrk: each on a core of its own
 bench-load:
 	bench/load.sh
+
+## The service beside bare tonic, grpc-go and Go's net/http: calls, CPU per call, times, memory
+bench-peers: bench-build
+	bench/peers.py
+
+## What grows with connections, callers, stored orders and replicas
+bench-growth: bench-build
+	bench/growth.py
+
+# Needs Go, and of Debian: protobuf-compiler, nghttp2-client, wrk, curl.
+bench-build:
+	$(CARGO) build --release
+	cd bench && $(CARGO) build --release --bin bare_tonic --bin no_store
+	bench/go/build.sh bench/target/peers
