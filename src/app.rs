@@ -2,7 +2,7 @@
 //!
 //! Listeners and the shutdown signals are arguments: only `main` touches the process.
 
-use std::time::Duration;
+use std::{num::NonZero, thread, time::Duration};
 
 use anyhow::Context as _;
 use axum::Router;
@@ -17,6 +17,7 @@ use crate::{
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
     metrics::{ConnectionMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
+    workers::Workers,
 };
 
 mod drain;
@@ -63,6 +64,10 @@ pub enum Ended {
 pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::Result<Ended> {
     let Inputs { api, admin, tls, served_by, revision, signals } = inputs;
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), revision)?;
+    let threads =
+        settings.worker_threads.or_else(|| thread::available_parallelism().ok().map(NonZero::get));
+    let workers = Workers::start(threads.unwrap_or(1)).context("the worker threads")?;
+    metrics.watch_runtimes(workers.runtimes().cloned())?;
     let store_health = StoreHealth::new();
     let stage = watch::Sender::new(Stage::Starting);
     let addresses = (api.local_addr()?, admin.local_addr()?);
@@ -106,7 +111,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
         api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
             .await
             .context("the API's metrics")?;
-    let api = ApiServer::start(api, tls, service, settings, metrics.connections.clone());
+    let api = ApiServer::start(api, workers.clone(), tls, service, settings, &metrics);
     stage.send_replace(Stage::Serving);
     let (api_address, admin_address) = addresses;
     tracing::info!(
@@ -118,7 +123,8 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
         "serving"
     );
 
-    let running = Running { stage, health, in_flight, api, writers: Some(writers), admin };
+    let running =
+        Running { stage, health, in_flight, api, writers: Some(writers), admin, _workers: workers };
     running.until_drained(settings, &signals).await
 }
 
@@ -131,6 +137,8 @@ struct Running {
     /// `None` once the drain has come to them.
     writers: Option<Writers>,
     admin: AdminServer,
+    /// The last to end: the store's connections may have been opened on their runtimes.
+    _workers: Workers,
 }
 
 struct ApiServer {
@@ -143,10 +151,11 @@ struct ApiServer {
 impl ApiServer {
     fn start(
         socket: TcpListener,
+        workers: Workers,
         tls: Option<Tls>,
         service: Metered<Router>,
         settings: &Settings,
-        metrics: ConnectionMetrics,
+        metrics: &Metrics,
     ) -> Self {
         let (phase, shutdown) = Shutdown::new();
         let (closed, kill) = (shutdown.closed.clone(), shutdown.kill.clone());
@@ -159,7 +168,8 @@ impl ApiServer {
             read_timeout: settings.read_timeout,
             keep_alive: KEEP_ALIVE,
         };
-        let serving = listener::serve(socket, tls, service, limits, metrics, shutdown);
+        let connections = metrics.connections.clone();
+        let serving = listener::serve(socket, workers, tls, service, limits, connections, shutdown);
         Self { phase, closed, kill, task: tokio::spawn(serving) }
     }
 }
@@ -200,6 +210,7 @@ impl AdminServer {
         let final_scrapes = admin.final_scrapes.subscribe();
         let serving = listener::serve(
             socket,
+            Workers::here(),
             None,
             admin::routes(admin),
             limits,

@@ -105,7 +105,7 @@ pub struct Settings {
     #[arg(long, env = "ORDER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
 
-    /// Threads of the runtime [default: one per available core]
+    /// Threads that serve connections, each connection on one [default: one per available core]
     #[arg(long, env = "ORDER_WORKER_THREADS", value_name = "COUNT", value_parser = count::<1024>)]
     pub worker_threads: Option<usize>,
 }

@@ -3,7 +3,7 @@
 //! The modules in the order in which a request meets them:
 //!
 //! - [`config`], [`logs`], [`app`]: from the arguments to the running parts, and their end;
-//! - [`listener`]: connections, their limits, their age, TLS;
+//! - [`listener`]: connections, their limits, their age, TLS; [`workers`]: the threads they are on;
 //! - [`metrics`]: every family; [`metrics::layer`] records each request, by what [`wire`] reads in its
 //!   headers;
 //! - [`api`]: the router of both protocols under the one stack of [`layers`];
@@ -30,3 +30,4 @@ pub mod proto;
 pub mod rest;
 pub mod store;
 pub mod wire;
+pub mod workers;

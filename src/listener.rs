@@ -7,7 +7,7 @@ use std::{
     convert::Infallible,
     error::Error,
     io,
-    net::TcpListener as StdListener,
+    net::{TcpListener as StdListener, TcpStream as StdStream},
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -25,7 +25,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
 
 use self::connection::Shared;
-use crate::metrics::ConnectionMetrics;
+use crate::{metrics::ConnectionMetrics, workers::Workers};
 
 mod connection;
 mod io_watch;
@@ -132,9 +132,11 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::fro
 /// connection in and the next one fail.
 const TOLD_AGAIN: Duration = Duration::from_secs(30);
 
-/// Serves connections until they have all ended after [`Phase::Stopping`], or are cut off.
+/// Accepts connections and serves them on `workers` until they have all ended after
+/// [`Phase::Stopping`], or are cut off.
 pub async fn serve<S, B>(
     socket: TcpListener,
+    workers: Workers,
     tls: Option<Tls>,
     service: S,
     limits: Limits,
@@ -155,6 +157,7 @@ pub async fn serve<S, B>(
     let watching = tls.clone().map(|tls| tokio::spawn(tls.reload_on_change()));
     let tracker = TaskTracker::new();
     let connections = Connections {
+        workers,
         free: Arc::new(Semaphore::new(limits.max_connections)),
         shared: Arc::new(Shared { limits, metrics, tls, kill, tracker: tracker.clone() }),
         phase: phase.clone(),
@@ -174,6 +177,7 @@ pub async fn serve<S, B>(
 
 /// Makes connections of accepted sockets.
 struct Connections<S> {
+    workers: Workers,
     free: Arc<Semaphore>,
     shared: Arc<Shared>,
     phase: watch::Receiver<Phase>,
@@ -191,7 +195,7 @@ where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    fn begin(&self, stream: TcpStream) {
+    fn begin(&self, stream: StdStream) {
         let metrics = &self.shared.metrics;
         metrics.accepted.inc();
         let Ok(permit) = self.free.clone().try_acquire_owned() else {
@@ -202,10 +206,15 @@ where
         let _ = stream.set_nodelay(true);
         let (shared, phase, service) =
             (self.shared.clone(), self.phase.clone(), self.service.clone());
-        self.shared.tracker.spawn(async move {
-            connection::run(stream, shared, phase, service).await;
-            drop(permit);
-        });
+        let (runtime, placed) = self.workers.place();
+        let connection = async move {
+            // Fails only if the runtime is ending, and the connection with it.
+            if let Ok(stream) = TcpStream::from_std(stream) {
+                connection::run(stream, shared, phase, service).await;
+            }
+            drop((permit, placed));
+        };
+        self.shared.tracker.spawn_on(connection, runtime);
     }
 }
 
@@ -234,7 +243,10 @@ async fn accept_until_stopping<S, B>(
             match socket.accept().await {
                 Ok((stream, _)) => {
                     back_off = BACK_OFF.0;
-                    connections.begin(stream);
+                    // Leaves this runtime for that of its worker.
+                    if let Ok(stream) = stream.into_std() {
+                        connections.begin(stream);
+                    }
                 }
                 // The peer was gone before we came to it.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -271,7 +283,7 @@ where
         match socket.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(true)?;
-                connections.begin(TcpStream::from_std(stream)?);
+                connections.begin(stream);
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),

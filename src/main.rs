@@ -53,10 +53,8 @@ fn read_settings() -> Result<(Settings, Option<Tls>), NoSettings> {
 
 fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
     rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if let Some(threads) = settings.worker_threads {
-        runtime.worker_threads(threads);
-    }
+    // The first of the worker threads is this one; the library starts the others.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("the runtime")?;
     let ended = runtime.block_on(async {
         let inputs = Inputs {

@@ -1,16 +1,18 @@
 //! The registry and every metric family, with their help, labels and buckets; the handles that the
 //! rest of the service records with. The layer that records requests is in [`layer`].
 //!
-//! Knows `prometheus` only, nothing of orders.
+//! Knows `prometheus` and what it measures of the process; nothing of orders.
 
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry,
     core::{Collector, Metric},
 };
+use tokio::runtime::Handle;
 
 pub mod layer;
 mod process;
+mod runtimes;
 
 /// Why the metrics could not be made; a mistake of the program, found when it starts.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +75,18 @@ impl Metrics {
         registry.register(Box::new(build))?;
         registry.register(Box::new(process::ProcessCollector::new()?))?;
         Ok(Self { registry, store, connections, requests })
+    }
+
+    /// Adds `tokio_*`, of the runtimes that serve connections.
+    ///
+    /// # Errors
+    /// If it was called before.
+    pub fn watch_runtimes(
+        &self,
+        runtimes: impl IntoIterator<Item = Handle>,
+    ) -> Result<(), MetricsError> {
+        let runtimes = runtimes::RuntimesCollector::new(runtimes.into_iter().collect())?;
+        Ok(self.registry.register(Box::new(runtimes))?)
     }
 }
 

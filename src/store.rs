@@ -26,6 +26,7 @@ mod engine;
 mod health;
 mod migrate;
 mod postgres;
+mod replies;
 mod rows;
 mod sqlite;
 

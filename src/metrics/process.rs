@@ -1,4 +1,4 @@
-//! What the process takes: read from the kernel and from the runtime at each scrape.
+//! What the process takes: read from the kernel at each scrape.
 
 use procfs::process::{LimitValue, Process};
 use prometheus::{
@@ -6,11 +6,10 @@ use prometheus::{
     core::{Collector, Desc},
     proto::MetricFamily,
 };
-use tokio::runtime::Handle;
 
 use super::{MetricsError, gauge};
 
-/// `process_*` and `tokio_*`. prometheus's own collector counts whole CPU seconds, which makes the
+/// `process_*`. prometheus's own collector counts whole CPU seconds, which makes the
 /// rate of a process that takes 1 % of a core useless.
 pub(super) struct ProcessCollector {
     cpu_seconds: Counter,
@@ -20,9 +19,6 @@ pub(super) struct ProcessCollector {
     max_fds: Gauge,
     start_seconds: Gauge,
     threads: Gauge,
-    workers: Gauge,
-    alive_tasks: Gauge,
-    queue_depth: Gauge,
 }
 
 impl ProcessCollector {
@@ -41,12 +37,6 @@ impl ProcessCollector {
                 "When the process started, in seconds since 1970.",
             )?,
             threads: gauge("process_threads", "Threads of the process.")?,
-            workers: gauge("tokio_workers", "Worker threads of the runtime.")?,
-            alive_tasks: gauge("tokio_alive_tasks", "Tasks of the runtime that are alive.")?,
-            queue_depth: gauge(
-                "tokio_global_queue_depth",
-                "Tasks in the runtime's global queue, ready to run.",
-            )?,
         };
         collector.refresh();
         // Once: the kernel's boot time, to which it is relative, moves as the clock is adjusted, and
@@ -55,7 +45,7 @@ impl ProcessCollector {
         Ok(collector)
     }
 
-    fn all(&self) -> [&dyn Collector; 10] {
+    fn all(&self) -> [&dyn Collector; 7] {
         [
             &self.cpu_seconds,
             &self.resident_bytes,
@@ -64,21 +54,12 @@ impl ProcessCollector {
             &self.max_fds,
             &self.start_seconds,
             &self.threads,
-            &self.workers,
-            &self.alive_tasks,
-            &self.queue_depth,
         ]
     }
 
     fn refresh(&self) {
         // A value that the kernel does not tell stays what it was.
         let _ = self.refresh_process();
-        if let Ok(runtime) = Handle::try_current() {
-            let metrics = runtime.metrics();
-            self.workers.set(metrics.num_workers() as f64);
-            self.alive_tasks.set(metrics.num_alive_tasks() as f64);
-            self.queue_depth.set(metrics.global_queue_depth() as f64);
-        }
     }
 
     fn refresh_process(&self) -> procfs::ProcResult<()> {

@@ -18,6 +18,7 @@ use std::{
 
 use rand::RngExt as _;
 use tokio::{
+    runtime::Handle,
     sync::{Mutex, mpsc, oneshot},
     task::JoinSet,
     time::{Instant, sleep, timeout_at},
@@ -26,6 +27,7 @@ use tokio::{
 use super::{
     NewOrder, StoreError, StoreHealth,
     engine::{Engine, Failure, Outcome, Remedy},
+    replies::{Replies, Reply},
 };
 use crate::{
     metrics::{StoreErrorKind, StoreMetrics},
@@ -54,7 +56,9 @@ struct Queued {
     new: NewOrder,
     deadline: Instant,
     state: Arc<AtomicU8>,
-    reply: oneshot::Sender<Result<Placed, StoreError>>,
+    reply: oneshot::Sender<Reply>,
+    /// The runtime that the caller waits on.
+    home: Handle,
     /// Whether an earlier attempt may have committed it.
     maybe_stored: bool,
 }
@@ -108,7 +112,8 @@ impl Queue {
         let state = Arc::new(AtomicU8::new(WAITING));
         let waiting = Waiting(state.clone());
         let (reply, answer) = oneshot::channel();
-        let queued = Queued { new, deadline, state, reply, maybe_stored: false };
+        let home = Handle::current();
+        let queued = Queued { new, deadline, state, reply, home, maybe_stored: false };
         // Before the order is there to be taken, so that the gauge never shows less than none.
         self.metrics.queue_orders.inc();
         if self.sender.try_send(queued).is_err() {
@@ -230,6 +235,7 @@ impl Writer {
         let new = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::New)).count();
         self.metrics.placed.inc_by(new as u64);
         let mut missing = Vec::new();
+        let mut replies = Replies::default();
         for (queued, outcome) in batch.into_iter().zip(outcomes) {
             let asked = &queued.new.order;
             let result = match outcome {
@@ -248,9 +254,9 @@ impl Writer {
                     continue;
                 }
             };
-            // A caller that is gone was told that the outcome is unknown.
-            let _ = queued.reply.send(result);
+            replies.add(queued.home, queued.reply, result);
         }
+        replies.send();
         missing
     }
 

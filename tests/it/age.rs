@@ -9,6 +9,7 @@ use axum::{Router, routing::get as route};
 use order_service::{
     listener::{self, KEEP_ALIVE, KeepAlive, Limits, OVERTIME, Phase, Shutdown},
     metrics::ConnectionMetrics,
+    workers::Workers,
 };
 use tokio::{
     net::TcpListener,
@@ -128,7 +129,8 @@ impl Listening {
             .route("/hang", route(std::future::pending::<()>));
         let metrics = ConnectionMetrics::new().unwrap();
         let (phase, shutdown) = Shutdown::new();
-        let serving = listener::serve(socket, None, routes, limits, metrics, shutdown);
+        let serving =
+            listener::serve(socket, Workers::here(), None, routes, limits, metrics, shutdown);
         Self { api, _phase: phase, _serving: tokio::spawn(serving) }
     }
 }

@@ -7,6 +7,7 @@ use order_service::{
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown},
     metrics::ConnectionMetrics,
     proto::ListRequest,
+    workers::Workers,
 };
 use rustix::process::{Resource, Rlimit, prlimit};
 use tokio::{
@@ -182,7 +183,15 @@ async fn connections_that_wait_in_the_backlog_at_the_close_are_served() {
     };
     let routes = Router::new().route("/product", route(async || "served"));
     let metrics = ConnectionMetrics::new().unwrap();
-    let serving = tokio::spawn(listener::serve(socket, None, routes, limits, metrics, shutdown));
+    let serving = tokio::spawn(listener::serve(
+        socket,
+        Workers::here(),
+        None,
+        routes,
+        limits,
+        metrics,
+        shutdown,
+    ));
     for stream in &mut waiting {
         let head = timeout(PATIENCE, response(stream)).await.unwrap();
         assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{head}");

@@ -11,6 +11,7 @@ use axum::{Router, routing::get};
 use order_service::{
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Shutdown, Tls},
     metrics::ConnectionMetrics,
+    workers::Workers,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tempfile::TempDir;
@@ -208,7 +209,15 @@ async fn a_certificate_that_changes_between_the_start_and_the_first_connection_i
     };
     let metrics = ConnectionMetrics::new().unwrap();
     let (_phase, shutdown) = Shutdown::new();
-    tokio::spawn(listener::serve(socket, Some(tls), routes, limits, metrics, shutdown));
+    tokio::spawn(listener::serve(
+        socket,
+        Workers::here(),
+        Some(tls),
+        routes,
+        limits,
+        metrics,
+        shutdown,
+    ));
     let used = async { while pki.curl(api, "new.test", &[]).await.0 != Some(0) {} };
     timeout(PATIENCE, used).await.expect("the new certificate is used");
 }

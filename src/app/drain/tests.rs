@@ -10,6 +10,7 @@ use crate::{
     listener::Shutdown,
     metrics::Metrics,
     store::{Store, StoreHealth},
+    workers::Workers,
 };
 
 #[tokio::test]
@@ -45,6 +46,7 @@ async fn a_writer_that_ends_by_itself_drains_the_rest_and_is_the_error() {
             task: admin_listener,
             final_scrapes: watch::Sender::new(0).subscribe(),
         },
+        _workers: Workers::here(),
     };
     let settings = Settings::read(["order-service".into()]).unwrap();
     let error = running.until_drained(&settings, &Signals::default()).await.unwrap_err();
