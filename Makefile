@@ -28,6 +28,7 @@ picture: tools
 ## Installs what the tests need on a bare Debian machine and runs them all
 test: tools
 	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test -- --include-ignored
+	bench/guard.sh
 
 ## grpcurl, promtool, Prometheus and PostgreSQL's server programs, where they are missing
 tools:

@@ -1,30 +1,17 @@
 #!/usr/bin/env bash
 # Instructions, allocations and nanoseconds that a metrics layer adds to one call, ours and its peers
-# in one run. Needs valgrind. The instructions of a call are the difference of two runs, so that
-# what starts and ends a process falls out.
+# in one run. Needs valgrind.
 set -euo pipefail
 cd "$(dirname "$0")"
-cargo build --release --quiet
-bin=target/release
-
-instructions() { # side protocol count
-  valgrind --tool=callgrind --callgrind-out-file=/dev/null "$bin/calls" "$@" 2>&1 |
-    awk '/Collected/ { print $4 }'
-}
-per_call() { # side protocol
-  local few many
-  few=$(instructions "$1" "$2" 200)
-  many=$(instructions "$1" "$2" 1200)
-  echo $(((many - few) / 1000))
-}
-of() { awk -v side="$1" -v protocol="$2" '$1 == side && $2 == protocol { print $3 }' <<<"$3"; }
+. ./measure.sh
+build --bin calls --bin allocations --bin nanoseconds
 
 allocations=$("$bin/allocations")
 nanoseconds=$("$bin/nanoseconds")
 printf '%-24s %-5s %12s %8s %7s %7s %6s %6s\n' side call instructions added allocs added ns added
 for protocol in grpc rest; do
   for side in unlayered bare order-service tonic_prometheus_layer axum-prometheus; do
-    i=$(per_call "$side" "$protocol")
+    i=$(per_call calls "$side" "$protocol")
     a=$(of "$side" "$protocol" "$allocations")
     n=$(of "$side" "$protocol" "$nanoseconds")
     if [ "$side" = unlayered ] || [ "$side" = bare ]; then i0=$i a0=$a n0=$n; fi

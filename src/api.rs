@@ -44,16 +44,18 @@ pub struct Extra {
 }
 
 /// The API, ready to be served.
-pub(crate) struct Api {
-    pub(crate) service: Metered<Router>,
-    pub(crate) health: HealthReporter,
+pub struct Api {
+    /// All of it, under every layer.
+    pub service: Metered<Router>,
+    /// Sets what health answers under [`HEALTH_NAMES`].
+    pub health: HealthReporter,
 }
 
 /// Builds the API over a store; it holds the store's queue open for as long as it lives.
 ///
 /// # Errors
 /// If the metrics layer cannot be made.
-pub(crate) async fn build(
+pub async fn build(
     settings: &Settings,
     store: Store,
     in_flight: InFlight,

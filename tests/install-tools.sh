@@ -21,6 +21,7 @@ missing=()
 need() { command -v "$1" >/dev/null || missing+=("$2"); }
 need curl curl
 need cc build-essential
+need valgrind valgrind
 need python3 python3-venv
 need npm npm
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)

@@ -12,7 +12,7 @@ use std::{
 use axum::{Router, body::Body, routing::get};
 use axum_prometheus::PrometheusMetricLayer;
 use bytes::Bytes;
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, Version};
 use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt as _, Full};
 use order_service::{
@@ -30,6 +30,10 @@ use tower::{
     Layer, Service,
     util::{MapResponse, MapResponseLayer},
 };
+
+mod whole;
+
+pub use self::whole::Whole;
 
 /// The sides, in the order of the table.
 pub const SIDES: [&str; 5] =
@@ -168,6 +172,7 @@ pub fn request(protocol: &str) -> Request<Full<Bytes>> {
     bytes[4] = u8::try_from(message.encoded_len()).expect("short");
     message.encode(&mut bytes).expect("a vector grows");
     Request::post("/orders.v1.OrderService/Place")
+        .version(Version::HTTP_2)
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .header("user-agent", "tonic/0.14")
