@@ -5,7 +5,7 @@
 # Rust toolchain, and the packages of the distroless image, unpacked, with no shell. What that cannot prove
 # is how the real bases behave, and arm64.
 #
-# Needs root (or sudo) on Debian. Usage: tests/image-test.sh, from anywhere.
+# Needs root (or sudo) on Debian, and 20 GB for target/image-test: buildah's vfs copies every layer. Usage: tests/image-test.sh, from anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
