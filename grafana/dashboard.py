@@ -12,8 +12,8 @@ from panels import (
     colour, dashed, heatmap, laid_out, panel, selector,
 )
 from queries import (
-    CHOSEN, DEPLOYMENT, EXACT, GRPC_FAULTS, HPA, KEDA, PODS, READY, TARGETS,
-    by_replica, gauge, of_this_service, quantile, rate, ratio, total,
+    CHOSEN, DEPLOYMENT, EXACT, GRPC_FAULTS, HPA, KEDA, PODS, READY, WHOLE,
+    by_replica, gauge, of_this_service, quantile, rate, ratio, targets, total,
 )
 
 HTTP, GRPC = "http_requests_total_with_path", "grpc_server_handled_total"
@@ -26,17 +26,18 @@ def scaling():
     capacity = "threshold × ready replicas"
     wanted = "more replicas are wanted while the orders are above"
     keda, exact, plain = "KEDA sees", "exact count", "rate × 300"
+    # Of all calls, whichever replicas are chosen: of its own calls each has all.
+    of_all = f"({total(rate(GRPC, which=WHOLE))} + {total(rate(HTTP, which=WHOLE))} > 0)"
     share = (
-        f"({by_replica(rate(GRPC))} + {by_replica(rate(HTTP))})\n"
-        f"/ on () group_left ()\n({ALL_CALLS} > 0)"
+        f"({by_replica(rate(GRPC))} + {by_replica(rate(HTTP))})\n/ on () group_left ()\n{of_all}"
     )
     return [
         panel(
             "Orders against capacity", "short",
             f"New orders of the last 5 minutes, each counted once, and what the ready replicas are meant "
-            f"to take: {wanted}. The threshold is the selector at the top; `production` has a window "
-            f"of its own: enter its threshold × 300 s ÷ its window.",
-            (orders, EXACT), (capacity, f"$threshold * {READY}"),
+            f"to take: {wanted}. Of all replicas, whichever pods are chosen. The threshold is the selector "
+            f"at the top; `production` has a window of its own: enter its threshold × 300 s ÷ its window.",
+            (orders, EXACT), (capacity, f"$threshold * ({READY})"),
             width=12, height=9, overrides=[colour(orders, BLUE), dashed(capacity, ORANGE)],
         ),
         panel(
@@ -44,9 +45,9 @@ def scaling():
             "Desired and ready replicas of the Deployment, and the most that the autoscaler may ask for. "
             "Without kube-state-metrics: the targets that Prometheus knows and those that answer it; the "
             "maximum is then unknown.",
-            ("desired", f"sum(kube_deployment_spec_replicas{{{DEPLOYMENT}}}) or count({TARGETS})"),
-            ("ready", f"sum(kube_deployment_status_replicas_ready{{{DEPLOYMENT}}}) or sum({TARGETS})"),
-            ("max", f"max(kube_horizontalpodautoscaler_spec_max_replicas{{{HPA}}})"),
+            ("desired", f"sum(kube_deployment_spec_replicas{{{DEPLOYMENT}}}) or count({targets(WHOLE)})"),
+            ("ready", READY),
+            ("max", f"sum(kube_horizontalpodautoscaler_spec_max_replicas{{{HPA}}})"),
             width=12, height=9, custom=STEPS, decimals=0,
             overrides=[colour("desired", BLUE), colour("ready", GREEN), dashed("max", RED)],
         ),
@@ -56,10 +57,11 @@ def scaling():
             "plain rate, which never counts what a series is born with and so reads too little while "
             "replicas are added. Apart for long: look at KEDA's and Prometheus's targets. KEDA's line "
             "needs the metrics of KEDA's operator in this Prometheus.",
-            (keda, f'max(keda_scaler_metrics_value{{namespace=~"$namespace", {KEDA}}}\n'
-                   f'  or keda_scaler_metrics_value{{exported_namespace=~"$namespace", {KEDA}}})'),
+            (keda, f'sum(max by (namespace, exported_namespace) (\n'
+                   f'  keda_scaler_metrics_value{{namespace=~"$namespace", {KEDA}}}\n'
+                   f'  or keda_scaler_metrics_value{{exported_namespace=~"$namespace", {KEDA}}}))'),
             (exact, EXACT),
-            (plain, f"sum(rate(product_order_total{{{CHOSEN}}}[5m])) * 300"),
+            (plain, f"sum(rate(product_order_total{{{WHOLE}}}[5m])) * 300"),
             width=12, height=9,
             overrides=[colour(keda, ORANGE), colour(exact, BLUE), dashed(plain, PURPLE)],
         ),
@@ -87,9 +89,9 @@ def tutorial():
             "Pods that are ready, and those that are not yet or no longer. The tutorial's query counts "
             "series, of which each pod has one whether ready or not. Without kube-state-metrics: the "
             "targets that answer Prometheus, and those that do not.",
-            ("ready", f'sum(kube_pod_status_ready{{condition="true", {PODS}}}) or sum({TARGETS})'),
+            ("ready", f'sum(kube_pod_status_ready{{condition="true", {PODS}}}) or sum({targets()})'),
             ("not ready", f'sum(kube_pod_status_ready{{condition=~"false|unknown", {PODS}}}) '
-                          f'or sum(1 - {TARGETS})'),
+                          f'or sum(1 - {targets()})'),
             custom={**STEPS, **STACKED}, decimals=0,
             overrides=[colour("ready", GREEN), colour("not ready", ORANGE)],
         ),
@@ -188,11 +190,13 @@ def saturation():
         ),
         panel(
             "Connection age", "s",
-            "The mean time that a connection stays, estimated as open connections by those accepted "
-            "per second. At most --max-connection-age and 40 s; more means that calls stick to old "
-            "replicas.",
-            ("mean lifetime",
-             ratio(total(gauge("connections_open")), total(rate("connections_accepted_total")))),
+            "The mean time that a connection stays: how long all were open together in the last 10 "
+            "minutes, by how many were accepted then. At most --max-connection-age and 40 s; more, or "
+            "no line while some are open, means that calls stick to old replicas.",
+            ("mean lifetime", ratio(
+                f"10 * sum_over_time({total(gauge('connections_open'))}[10m:10s])",
+                total(f"increase(connections_accepted_total{{{CHOSEN}}}[10m])"),
+            )),
             width=6, limits=[(180, YELLOW)], overrides=[colour("mean lifetime", PURPLE)],
         ),
         panel(
@@ -231,8 +235,9 @@ def process():
     memory = of_this_service(gauge("process_resident_memory_bytes"))
     descriptors = of_this_service(f"{gauge('process_open_fds')} / {gauge('process_max_fds')}")
     threads = of_this_service(gauge("process_threads"))
-    in_place = of_this_service(f"changes(process_start_time_seconds{{{CHOSEN}}}[$__rate_interval])")
-    restarts = f"increase(kube_pod_container_status_restarts_total{{{PODS}}}[$__rate_interval])"
+    in_place = of_this_service(f"changes(process_start_time_seconds{{{CHOSEN}}}[5m])")
+    # $__rate_interval knows nothing of the job that scrapes kube-state-metrics, usually once a minute.
+    restarts = f"increase(kube_pod_container_status_restarts_total{{{PODS}}}[5m])"
     return [
         panel(
             "CPU", "none", "Cores in use, by replica.",
@@ -254,8 +259,8 @@ def process():
         ),
         panel(
             "Restarts", "none",
-            "Processes that began anew in their place, as Prometheus saw it; and restarts of containers "
-            "as Kubernetes counts them, those that never served included (needs kube-state-metrics).",
+            "In the last 5 minutes: processes that began anew in their place, as Prometheus saw it; and "
+            "restarts of containers as Kubernetes counts them, those that never served included (needs kube-state-metrics).",
             ("seen by Prometheus", total(in_place)), ("counted by Kubernetes", total(restarts)),
             limits=[(1, RED)], custom={"drawStyle": "bars", "fillOpacity": 60}, decimals=0,
             overrides=[colour("seen by Prometheus", ORANGE), colour("counted by Kubernetes", RED)],
@@ -269,10 +274,11 @@ def process():
 
 
 def builds_annotation():
-    """A mark where a version or revision appears that was not there a minute before."""
+    """A mark where a version or revision appears that was not there in the minutes before: not where
+    the only replica missed a scrape."""
     running = gauge("order_service_build_info")
     by_build = "count by (version, revision)"
-    query = f"{by_build} ({running}) unless {by_build} ({running} offset 1m)"
+    query = f"{by_build} ({running}) unless {by_build} (last_over_time({running}[5m] offset 1m))"
     return {
         "name": "Builds", "datasource": DATASOURCE, "enable": True, "hide": False, "iconColor": PURPLE,
         # Grafana 10 reads the first two; later ones the target.

@@ -7,6 +7,8 @@ failing that, by its address.
 
 # What the four selectors at the top of the dashboard choose.
 CHOSEN = 'namespace=~"$namespace", job=~"$job", pod=~"$pod", instance=~"$instance"'
+# All replicas, whichever of them are chosen: what the autoscaler looks at, and what a share is of.
+WHOLE = 'namespace=~"$namespace", job=~"$job"'
 
 # Objects of Kubernetes, as kube-state-metrics and KEDA name them. Their series come from other jobs.
 DEPLOYMENT = 'namespace=~"$namespace", deployment="order-service"'
@@ -24,25 +26,28 @@ GRPC_FAULTS = "Unknown|DeadlineExceeded|ResourceExhausted|Internal|Unavailable|D
 # never counts what a series is born with.
 EXACT = f"""\
 sum(
-  ((last_over_time(product_order_total{{{CHOSEN}}}[5m]) unless product_order_total{{{CHOSEN}}} offset 5m)
-    and on (job, instance) (last_over_time(process_start_time_seconds{{{CHOSEN}}}[5m]) > time() - 300))
-  or increase(product_order_total{{{CHOSEN}}}[5m])
+  ((last_over_time(product_order_total{{{WHOLE}}}[5m]) unless product_order_total{{{WHOLE}}} offset 5m)
+    and on (job, instance) (last_over_time(process_start_time_seconds{{{WHOLE}}}[5m]) > time() - 300))
+  or increase(product_order_total{{{WHOLE}}}[5m])
 )"""
 
 
-def of_this_service(vector):
+def of_this_service(vector, which=CHOSEN):
     """Those series of a vector whose target runs this service: `up` and `process_*` are in every job."""
-    return f"({vector} and on (job, instance) last_over_time(order_service_build_info{{{CHOSEN}}}[5m]))"
+    return f"({vector} and on (job, instance) last_over_time(order_service_build_info{{{which}}}[5m]))"
 
 
-# 1 for each replica that answers Prometheus, 0 for each that does not any more.
-TARGETS = of_this_service(f"up{{{CHOSEN}}}")
-READY = f"(sum(kube_deployment_status_replicas_ready{{{DEPLOYMENT}}}) or sum({TARGETS}))"
+def targets(which=CHOSEN):
+    """1 for each replica that answers Prometheus, 0 for each that does not any more."""
+    return of_this_service(f"up{{{which}}}", which)
 
 
-def rate(metric, *matchers):
+READY = f"sum(kube_deployment_status_replicas_ready{{{DEPLOYMENT}}}) or sum({targets(WHOLE)})"
+
+
+def rate(metric, *matchers, which=CHOSEN):
     """Per second, of each series."""
-    return f"rate({metric}{{{', '.join((*matchers, CHOSEN))}}}[$__rate_interval])"
+    return f"rate({metric}{{{', '.join((*matchers, which))}}}[$__rate_interval])"
 
 
 def gauge(metric):

@@ -122,7 +122,7 @@ async fn exporter(page: &'static str) -> String {
 }
 
 /// The query as Grafana sends it.
-fn interpolated(query: &str, chosen: &[(&str, &str)]) -> String {
+pub fn interpolated(query: &str, chosen: &[(&str, &str)]) -> String {
     let mut query = query.replace("$__rate_interval", "10s").replace("$threshold", "20");
     for (name, value) in chosen {
         query = query.replace(&format!("${name}"), value);
@@ -133,7 +133,7 @@ fn interpolated(query: &str, chosen: &[(&str, &str)]) -> String {
 }
 
 /// What All of each selector matches.
-const ALL: [(&str, &str); 4] =
+pub const ALL: [(&str, &str); 4] =
     [("namespace", ".*"), ("job", ".+"), ("pod", ".*"), ("instance", ".+")];
 
 /// Waits until so many targets have answered, and both servers twice, so that there are rates.

@@ -7,6 +7,7 @@ mod age;
 mod connections;
 mod dashboard;
 mod dashboard_rules;
+mod dashboard_values;
 mod database;
 mod database_start;
 mod discovery;
