@@ -121,11 +121,9 @@ async fn survives(
     begin: impl AsyncFnOnce(&PostgresServer),
     end: impl FnOnce(&PostgresServer),
 ) -> usize {
-    let server = PostgresServer::make();
-    server.plain_logins();
-    server.run();
+    let server = PostgresServer::start().await;
     let service = Process::start(&server.url(), &["--request-timeout", "2s"]).await;
-    let load = Load::start(&service, 16).await;
+    let load = Load::start(&service, 64).await;
     scrape_until(service.admin, |page| page.value("product_order_total", &[]) > 200.0).await;
 
     begin(&server).await;

@@ -71,14 +71,6 @@ impl PostgresServer {
         self.settings.extend(settings.iter().map(ToString::to_string));
     }
 
-    /// Logins by the password itself. SCRAM's are slow in a debug build: on a busy machine one may
-    /// take the second that the service waits for a connection.
-    pub fn plain_logins(&self) {
-        let rules = self.dir.path().join("data/pg_hba.conf");
-        let text = fs::read_to_string(&rules).unwrap();
-        fs::write(&rules, text.replace("scram-sha-256", "password")).unwrap();
-    }
-
     /// A file that the server may read, and nobody else.
     pub fn private_file(&self, name: &str, text: &str) -> PathBuf {
         let path = self.dir.path().join(name);

@@ -37,9 +37,7 @@ async fn place_all(grpc: OrderServiceClient<Channel>, process: usize) -> usize {
 }
 
 async fn share(processes: usize) {
-    let server = PostgresServer::make();
-    server.plain_logins();
-    server.run();
+    let server = PostgresServer::start().await;
     let mut services = Vec::new();
     for _ in 0..processes {
         // This client counts a connection that is asked to go as a failed call.
