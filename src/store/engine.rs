@@ -2,7 +2,11 @@
 
 use sqlx::error::DatabaseError;
 
-use super::{NewOrder, StoreError, postgres::Postgres, sqlite::Sqlite};
+use super::{
+    NewOrder, StoreError,
+    postgres::{self, Postgres},
+    sqlite::Sqlite,
+};
 use crate::{
     metrics::StoreErrorKind,
     order::{Order, OrderId},
@@ -16,12 +20,11 @@ pub(super) enum Engine {
 }
 
 impl Engine {
-    /// How many batches it takes at a time: SQLite has one writer; of PostgreSQL's two, one's batch
-    /// fills while the other's is flushed.
+    /// How many batches it takes at a time: SQLite has one writer.
     pub(super) fn writers(&self) -> usize {
         match self {
             Self::Sqlite(_) => 1,
-            Self::Postgres(_) => 2,
+            Self::Postgres(_) => postgres::WRITERS,
         }
     }
 

@@ -10,7 +10,7 @@ use sqlx::{
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use self::connections::Connections;
+use self::connections::{Connections, Purpose};
 use super::{
     NewOrder, StoreHealth,
     engine::{Failure, Outcome},
@@ -23,6 +23,9 @@ use crate::{
 
 mod connections;
 mod opening;
+
+/// Batches at a time: one's fills while the other's is flushed. Two were faster than one and than four.
+pub(super) const WRITERS: usize = 2;
 
 /// How long to wait for the answer of the server. Its own limits, which are longer, end what nobody
 /// waits for any more.
@@ -71,7 +74,7 @@ impl Postgres {
         // Without the time limits: a migration of a large table takes what it takes.
         opening::wait_until_ready(&options, health).await?;
         let options = options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]);
-        Ok(Self { connections: Connections::new(options, pool) })
+        Ok(Self { connections: Connections::new(options, pool, WRITERS) })
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
@@ -83,7 +86,7 @@ impl Postgres {
             batch.iter().map(|new| new.key.as_ref().map(IdempotencyKey::as_str)).collect();
         let placed: Vec<i64> = batch.iter().map(|new| millis(new.order.placed_at)).collect();
 
-        self.attempt(async |connection| {
+        self.attempt(Purpose::Write, async |connection| {
             let insert = sqlx::query(INSERT)
                 .bind(&ids)
                 .bind(&products)
@@ -127,7 +130,7 @@ impl Postgres {
     }
 
     async fn try_get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
-        self.attempt(async |connection| {
+        self.attempt(Purpose::Read, async |connection| {
             let row = sqlx::query(GET).bind(uuid(id)).fetch_optional(connection).await;
             let row = row.map_err(|error| failure(&error))?;
             row.as_ref().map(order_of_row).transpose()
@@ -136,7 +139,7 @@ impl Postgres {
     }
 
     async fn try_list(&self, before: Option<OrderId>, limit: u32) -> Result<Vec<Order>, Failure> {
-        self.attempt(async |connection| {
+        self.attempt(Purpose::Read, async |connection| {
             let query = sqlx::query(if before.is_some() { NEXT_PAGE } else { FIRST_PAGE });
             let query = query.bind(i64::from(limit));
             let query = match before {
@@ -153,9 +156,10 @@ impl Postgres {
     /// known to be over is used again: a server that hangs would take the next attempt with it.
     async fn attempt<T>(
         &self,
+        purpose: Purpose,
         statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        let mut taken = self.connections.take().await?;
+        let mut taken = self.connections.take(purpose).await?;
         match timeout(ATTEMPT, statements(taken.connection())).await {
             Ok(Ok(read)) => {
                 taken.keep();

@@ -37,6 +37,8 @@ mod prune;
 mod readme;
 mod replicas;
 mod shared_database;
+mod slow_logins;
+mod slow_reads;
 mod stack;
 mod store;
 mod strange_input;

@@ -1,10 +1,13 @@
-//! A TCP proxy before a server, to lose what the server says.
+//! A TCP proxy before a server, to lose or delay what the two say.
+
+use std::time::Duration;
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
     net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
+    time::sleep,
 };
 
 /// What becomes of the traffic.
@@ -12,6 +15,8 @@ use tokio::{
 pub enum Traffic {
     /// All passes.
     Passes,
+    /// All passes, but on a connection that begins now only after so long.
+    BeginsAfter(Duration),
     /// What clients send passes, what the server answers is held back.
     AnswersAreHeld,
     /// Every connection is closed, and each new one.
@@ -21,6 +26,7 @@ pub enum Traffic {
 pub struct Proxy {
     pub port: u16,
     traffic: watch::Sender<Traffic>,
+    cuts: watch::Sender<()>,
     _tasks: JoinSet<()>,
 }
 
@@ -30,30 +36,49 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (traffic, state) = watch::channel(Traffic::Passes);
+        let (cuts, cut) = watch::channel(());
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 let (client, _) = listener.accept().await.unwrap();
-                let mut cut = state.clone();
+                let mut cut = cut.clone();
+                cut.mark_unchanged();
                 let passing = pass(client, server, state.clone());
                 connections.spawn(async move {
                     tokio::select! {
+                        biased;
+                        _ = cut.changed() => {}
                         () = passing => {}
-                        _ = cut.wait_for(|traffic| *traffic == Traffic::IsCut) => {}
                     }
                 });
             }
         });
-        Self { port, traffic, _tasks: tasks }
+        Self { port, traffic, cuts, _tasks: tasks }
     }
 
     pub fn set(&self, traffic: Traffic) {
         self.traffic.send_replace(traffic);
+        if traffic == Traffic::IsCut {
+            self.cut();
+        }
+    }
+
+    /// Closes every connection there is: nothing that was held back passes any more, whatever the
+    /// traffic is set to next.
+    pub fn cut(&self) {
+        self.cuts.send_replace(());
     }
 }
 
 async fn pass(client: TcpStream, server: u16, mut traffic: watch::Receiver<Traffic>) {
+    let now = *traffic.borrow();
+    match now {
+        Traffic::IsCut => return,
+        // The fault's length.
+        Traffic::BeginsAfter(delay) => sleep(delay).await,
+        Traffic::Passes | Traffic::AnswersAreHeld => {}
+    }
     let Ok(server) = TcpStream::connect(("127.0.0.1", server)).await else { return };
     let (mut asks, mut answers) = client.into_split();
     let (mut from, mut to) = server.into_split();
@@ -61,8 +86,10 @@ async fn pass(client: TcpStream, server: u16, mut traffic: watch::Receiver<Traff
     let answering = async {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(read @ 1..) = from.read(&mut bytes).await {
-            let passes = traffic.wait_for(|traffic| *traffic == Traffic::Passes).await.is_ok();
-            if !passes || answers.write_all(&bytes[..read]).await.is_err() {
+            let passes =
+                |traffic: &Traffic| matches!(traffic, Traffic::Passes | Traffic::BeginsAfter(_));
+            let passed = traffic.wait_for(passes).await.is_ok();
+            if !passed || answers.write_all(&bytes[..read]).await.is_err() {
                 return;
             }
         }

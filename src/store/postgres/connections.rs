@@ -5,7 +5,8 @@
 //! says only that there was no connection, where an operator needs the reason.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -14,8 +15,9 @@ use sqlx::{
     postgres::{PgConnectOptions, PgConnection},
 };
 use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::{Instant, timeout_at},
+    sync::{Semaphore, SemaphorePermit, oneshot},
+    task::AbortHandle,
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::failure;
@@ -24,6 +26,18 @@ use crate::{metrics::StoreErrorKind, store::engine::Failure};
 /// How long to wait for a connection.
 const ACQUIRE: Duration = Duration::from_secs(1);
 
+/// How long a login may take. It goes on without the one who began it, so that a server whose logins
+/// take longer than anybody waits is reached all the same.
+const LOGIN: Duration = Duration::from_secs(5);
+
+/// A login that is under way for so long may hang; the next who wants a connection begins another
+/// beside it. Shorter than [`ACQUIRE`], so that whoever has waited in vain does so at once.
+const NEXT_LOGIN: Duration = Duration::from_millis(900);
+
+/// At least so many logins may be under way, however few connections are wanted. Each has nearly a
+/// second for itself before the next, so that the oldest, which makes room, had more than three.
+const LOGINS: usize = 4;
+
 /// A connection that is older is replaced before its next use, so that a name that points elsewhere by
 /// now, and a balancer's new node, are noticed.
 const MAX_AGE: Duration = Duration::from_secs(30 * 60);
@@ -31,11 +45,37 @@ const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 /// How long the farewells may take.
 const CLOSE: Duration = Duration::from_secs(1);
 
+/// What a connection is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Write,
+    Read,
+}
+
 #[derive(Debug)]
 pub(super) struct Connections {
+    shared: Arc<Shared>,
+    /// Reads that may have a place. There are as many readers as there are requests: they would fill
+    /// every place and the line before it, and no writer would have its turn within its time.
+    reads: Semaphore,
+}
+
+/// What the logins hold, too.
+#[derive(Debug)]
+struct Shared {
     options: Box<PgConnectOptions>,
+    most: usize,
     places: Semaphore,
-    idle: Mutex<Vec<Idle>>,
+    state: Mutex<State>,
+}
+
+/// Whoever waits holds a place, and none is idle while somebody waits.
+#[derive(Debug, Default)]
+struct State {
+    idle: Vec<Idle>,
+    waiting: VecDeque<oneshot::Sender<Result<Idle, Failure>>>,
+    /// Those under way, the oldest first.
+    logins: VecDeque<Login>,
 }
 
 #[derive(Debug)]
@@ -44,57 +84,155 @@ struct Idle {
     born: Instant,
 }
 
+#[derive(Debug)]
+struct Login {
+    begun: Instant,
+    task: AbortHandle,
+}
+
 impl Connections {
-    /// At most `most` connections, none of them opened yet.
-    pub(super) fn new(options: PgConnectOptions, most: usize) -> Self {
-        Self { options: Box::new(options), places: Semaphore::new(most), idle: Mutex::default() }
+    /// At most `most` connections, none of them opened yet; `writers` of them are not for reading, as
+    /// long as that leaves one.
+    pub(super) fn new(options: PgConnectOptions, most: usize, writers: usize) -> Self {
+        let shared = Shared {
+            options: Box::new(options),
+            most,
+            places: Semaphore::new(most),
+            state: Mutex::default(),
+        };
+        let reads = Semaphore::new(most.saturating_sub(writers).max(1));
+        Self { shared: Arc::new(shared), reads }
     }
 
     /// A connection that nobody else uses, and that is closed when it is dropped.
     ///
     /// # Errors
     /// If there is none within a second; nothing was sent then.
-    pub(super) async fn take(&self) -> Result<Taken<'_>, Failure> {
+    pub(super) async fn take(&self, purpose: Purpose) -> Result<Taken<'_>, Failure> {
         let until = Instant::now() + ACQUIRE;
-        let none = |cause: &str| Failure::nothing_done(StoreErrorKind::Unavailable, cause);
-        let place = match timeout_at(until, self.places.acquire()).await {
-            Ok(Ok(place)) => place,
-            Ok(Err(_)) => return Err(none("the store is closed")),
-            Err(_) => return Err(none("every connection was busy for 1 s (--database-pool)")),
+        let turn = match purpose {
+            Purpose::Read => Some(place_in(&self.reads, until).await?),
+            Purpose::Write => None,
         };
-        let kept = self.idle().pop().filter(|idle| idle.born.elapsed() < MAX_AGE);
-        let held = match kept {
-            Some(idle) => idle,
-            None => match timeout_at(until, self.options.connect()).await {
-                Ok(Ok(connection)) => Idle { connection, born: Instant::now() },
-                Ok(Err(error)) => {
-                    return Err(Failure { outcome_unknown: false, ..failure(&error) });
-                }
+        let place = place_in(&self.shared.places, until).await?;
+        let held = match self.shared.idle_or_next() {
+            Found::Idle(idle) => idle,
+            Found::Next(next) => match timeout_at(until, next).await {
+                Ok(Ok(login)) => login?,
+                Ok(Err(_)) => return Err(none(CLOSED)),
                 Err(_) => return Err(none("no connection to the server within 1 s")),
             },
         };
-        Ok(Taken { held, of: self, _place: place })
+        Ok(Taken { held, of: &self.shared, _place: place, _turn: turn })
     }
 
     /// Closes those that are idle: one that broke is seldom the only one.
     pub(super) fn distrust(&self) {
-        self.idle().clear();
+        self.shared.state().idle.clear();
     }
 
     /// Says farewell to the server on each connection, and opens none any more.
     pub(super) async fn close(&self) {
-        self.places.close();
-        let idle = std::mem::take(&mut *self.idle());
+        self.reads.close();
+        self.shared.places.close();
+        let State { idle, logins, .. } = std::mem::take(&mut *self.shared.state());
+        for login in logins {
+            login.task.abort();
+        }
         let until = Instant::now() + CLOSE;
         for Idle { connection, .. } in idle {
             // One that hangs must not hold the end of the process.
             let _ = timeout_at(until, connection.close()).await;
         }
     }
+}
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+const CLOSED: &str = "the store is closed";
+
+fn none(cause: &str) -> Failure {
+    Failure::nothing_done(StoreErrorKind::Unavailable, cause)
+}
+
+async fn place_in(places: &Semaphore, until: Instant) -> Result<SemaphorePermit<'_>, Failure> {
+    match timeout_at(until, places.acquire()).await {
+        Ok(Ok(place)) => Ok(place),
+        Ok(Err(_)) => Err(none(CLOSED)),
+        Err(_) => Err(none("every connection was busy for 1 s (--database-pool)")),
+    }
+}
+
+enum Found {
+    Idle(Idle),
+    /// The next that is free or logged in.
+    Next(oneshot::Receiver<Result<Idle, Failure>>),
+}
+
+impl Shared {
+    fn idle_or_next(self: &Arc<Self>) -> Found {
+        let mut state = self.state();
+        while let Some(idle) = state.idle.pop() {
+            if idle.born.elapsed() < MAX_AGE {
+                return Found::Idle(idle);
+            }
+        }
+        let (sender, next) = oneshot::channel();
+        state.waiting.retain(|waiting| !waiting.is_closed());
+        state.waiting.push_back(sender);
+        let may_hang =
+            state.logins.back().is_some_and(|newest| newest.begun.elapsed() >= NEXT_LOGIN);
+        if state.logins.len() < state.waiting.len() || may_hang {
+            if state.logins.len() >= self.most.max(LOGINS)
+                && let Some(oldest) = state.logins.pop_front()
+            {
+                oldest.task.abort();
+            }
+            let task = tokio::spawn(self.clone().log_in()).abort_handle();
+            state.logins.push_back(Login { begun: Instant::now(), task });
+        }
+        Found::Next(next)
+    }
+
+    async fn log_in(self: Arc<Self>) {
+        let login = timeout(LOGIN, self.options.connect()).await;
+        let mut state = self.state();
+        let this = tokio::task::id();
+        state.logins.retain(|login| login.task.id() != this);
+        // Whoever waits for one that hung has begun another.
+        let Ok(login) = login else { return };
+        let login = login
+            .map(|connection| Idle { connection, born: Instant::now() })
+            .map_err(|error| Failure { outcome_unknown: false, ..failure(&error) });
+        // A place that is free has one idle connection at most.
+        if let Some(Ok(unwanted)) = state.tell(login)
+            && state.idle.len() < self.places.available_permits()
+        {
+            state.idle.push(unwanted);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
         // No code can panic while it holds the lock.
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Gives a connection to the first who waits; else keeps it.
+    fn offer(&mut self, idle: Idle) {
+        if let Some(Ok(unwanted)) = self.tell(Ok(idle)) {
+            self.idle.push(unwanted);
+        }
+    }
+
+    /// Tells the first who still waits; returns what nobody waits for.
+    fn tell(&mut self, mut login: Result<Idle, Failure>) -> Option<Result<Idle, Failure>> {
+        while let Some(waiting) = self.waiting.pop_front() {
+            match waiting.send(login) {
+                Ok(()) => return None,
+                Err(unsent) => login = unsent,
+            }
+        }
+        Some(login)
     }
 }
 
@@ -102,8 +240,9 @@ impl Connections {
 /// when the caller hung up.
 pub(super) struct Taken<'c> {
     held: Idle,
-    of: &'c Connections,
+    of: &'c Shared,
     _place: SemaphorePermit<'c>,
+    _turn: Option<SemaphorePermit<'c>>,
 }
 
 impl Taken<'_> {
@@ -113,6 +252,6 @@ impl Taken<'_> {
 
     /// Its statements are over: it may serve others.
     pub(super) fn keep(self) {
-        self.of.idle().push(self.held);
+        self.of.state().offer(self.held);
     }
 }
