@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use order_service::{
+    metrics::StoreErrorKind,
     order::{Order, OrderId, Placed},
     store::{NewOrder, StoreError, StoreStatus},
 };
@@ -49,6 +50,9 @@ impl Proxied {
     async fn assert_stored_and_counted(self, order: &Order) {
         let placed = self.opened.metrics.store.placed.clone();
         until(|| placed.get() == 2).await;
+        let errors = |kind| self.opened.metrics.store.errors(kind).get();
+        let lost = errors(StoreErrorKind::Unavailable) + errors(StoreErrorKind::Timeout);
+        assert!(lost > 0, "the answer was lost");
         let ids: Vec<OrderId> = self.opened.all().await.iter().map(|order| order.id).collect();
         assert_eq!((ids.len(), ids[0]), (2, order.id));
         self.opened.close().await;
