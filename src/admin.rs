@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use axum::{
     Router,
+    body::{Body, to_bytes},
     extract::{Request, State},
+    middleware::{Next, from_fn, from_fn_with_state, map_request},
     response::{IntoResponse, Response},
     routing::get,
 };
 use http::{HeaderValue, Method, StatusCode, header};
 use prometheus::{Registry, TextEncoder};
-use tokio::{sync::watch, time::Instant};
+use tokio::{runtime::Handle, sync::watch, time::Instant};
 use tower_http::compression::CompressionLayer;
 
 use self::scraped::Scraped;
@@ -54,15 +56,15 @@ pub struct Admin {
 
 /// `/metrics`, `/livez`, `/readyz`, and `/` that lists them.
 pub fn routes(admin: Admin) -> Router {
-    let metrics = get(metrics).layer(CompressionLayer::new().gzip(true));
-    let scraped = axum::middleware::from_fn_with_state(admin.clone(), note_final_scrape);
+    let metrics = get(metrics).layer(CompressionLayer::new().gzip(true)).layer(from_fn(aside));
+    let scraped = from_fn_with_state(admin.clone(), note_final_scrape);
     Router::new()
         .route("/metrics", metrics.layer(scraped).fallback(only_reads))
         .route("/livez", get(async || "ok\n").fallback(only_reads))
         .route("/readyz", get(readyz).fallback(only_reads))
         .route("/", get(async || "/metrics\n/livez\n/readyz\n").fallback(only_reads))
         .fallback(async || (StatusCode::NOT_FOUND, "expected /metrics, /livez or /readyz\n"))
-        .layer(axum::middleware::map_request(limit_reading))
+        .layer(map_request(limit_reading))
         .with_state(admin)
 }
 
@@ -78,17 +80,30 @@ async fn only_reads() -> Response {
     (StatusCode::METHOD_NOT_ALLOWED, allow, "expected GET or HEAD\n").into_response()
 }
 
-/// The page in the text format 0.0.4. It is written off the runtime's workers, which have requests to
-/// serve.
+/// Writes and compresses a page off the runtime's threads, which have requests to serve: either takes
+/// about a millisecond.
+async fn aside(request: Request, next: Next) -> Response {
+    let runtime = Handle::current();
+    let page = async {
+        let (head, body) = next.run(request).await.into_parts();
+        let body = to_bytes(body, usize::MAX).await?;
+        Ok::<_, axum::Error>(Response::from_parts(head, Body::from(body)))
+    };
+    match tokio::task::spawn_blocking(move || runtime.block_on(page)).await {
+        Ok(Ok(page)) => page,
+        Ok(Err(error)) => cannot_write(&error),
+        Err(panic) => cannot_write(&panic),
+    }
+}
+
+/// The page in the text format 0.0.4.
 async fn metrics(State(admin): State<Admin>) -> Response {
-    let write = move || TextEncoder::new().encode_to_string(&admin.registry.gather());
-    match tokio::task::spawn_blocking(write).await {
-        Ok(Ok(page)) => {
+    match TextEncoder::new().encode_to_string(&admin.registry.gather()) {
+        Ok(page) => {
             let format = HeaderValue::from_static(prometheus::TEXT_FORMAT);
             ([(header::CONTENT_TYPE, format)], page).into_response()
         }
-        Ok(Err(error)) => cannot_write(&error),
-        Err(panic) => cannot_write(&panic),
+        Err(error) => cannot_write(&error),
     }
 }
 
@@ -99,15 +114,11 @@ fn cannot_write(error: &dyn std::error::Error) -> Response {
 }
 
 /// Counts a scrape of the final figures at the end of its body.
-async fn note_final_scrape(
-    State(admin): State<Admin>,
-    request: Request,
-    next: axum::middleware::Next,
-) -> Response {
+async fn note_final_scrape(State(admin): State<Admin>, request: Request, next: Next) -> Response {
     let is_final = *admin.stage.borrow() == Stage::Flushed && request.method() == Method::GET;
     let response = next.run(request).await;
     if is_final && response.status().is_success() {
-        response.map(|page| axum::body::Body::new(Scraped::new(page, admin.final_scrapes)))
+        response.map(|page| Body::new(Scraped::new(page, admin.final_scrapes)))
     } else {
         response
     }

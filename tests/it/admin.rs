@@ -110,6 +110,8 @@ async fn the_admin_routes_answer_as_scrapers_and_probes_expect() {
     let zipped =
         client.get(url("/metrics")).header("accept-encoding", "gzip").send().await.unwrap();
     assert_eq!(zipped.headers()["content-encoding"], "gzip");
+    // Its length is told, so it was compressed before it was handed to the connection's thread.
+    assert!(zipped.headers().contains_key("content-length"), "{zipped:?}");
     let zipped: Bytes = zipped.bytes().await.unwrap();
     assert!(zipped.starts_with(&[0x1f, 0x8b]) && zipped.len() * 4 < plain.len());
 
