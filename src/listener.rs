@@ -120,6 +120,11 @@ impl ResponseLimit {
         let _ = self.0.set(at);
     }
 
+    /// Whether it has passed: a response that is dropped before its end then was cut off.
+    pub fn has_passed(&self) -> bool {
+        self.get().is_some_and(|at| at <= Instant::now())
+    }
+
     fn get(&self) -> Option<Instant> {
         self.0.get().copied()
     }

@@ -1,6 +1,6 @@
 //! Turns what the layers below could not answer, panics included, into an answer in the caller's
 //! protocol; other calls on the connection notice nothing. A body that panics ends with the same
-//! status in its trailers, or, over HTTP, by breaking off.
+//! status in its trailers, or, over HTTP, by breaking off. Of a body that is cut off the log is told.
 
 use std::{
     convert::Infallible,
@@ -21,6 +21,7 @@ use tower::{Layer, Service};
 use super::{context::Names, protocol};
 use crate::{
     error::Error,
+    listener::ResponseLimit,
     metrics::{Protocol, RequestMetrics},
     panics,
 };
@@ -67,7 +68,8 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let protocol = protocol(request.headers());
         let names = request.extensions().get::<Names>().cloned();
-        let watch = Watch { protocol, names, metrics: self.metrics.clone() };
+        let limit = request.extensions().get::<ResponseLimit>().cloned();
+        let watch = Watch { protocol, names, limit, metrics: self.metrics.clone() };
         // A handler may panic before there is a future of it.
         match watch.run(|| self.inner.call(request)) {
             Ok(inner) => RecoverFuture::Called { inner, watch: Some(watch) },
@@ -82,6 +84,7 @@ where
 struct Watch {
     protocol: Protocol,
     names: Option<Names>,
+    limit: Option<ResponseLimit>,
     metrics: Arc<RequestMetrics>,
 }
 
@@ -92,6 +95,14 @@ impl Watch {
             self.metrics.panics(self.protocol).inc();
             Error::Internal(panic)
         })
+    }
+
+    fn request_id(&self) -> &str {
+        self.names.as_ref().map(Names::request_id).unwrap_or_default()
+    }
+
+    fn traceparent(&self) -> &str {
+        self.names.as_ref().map(Names::traceparent).unwrap_or_default()
     }
 }
 
@@ -139,6 +150,19 @@ pin_project! {
         watch: Watch,
         over: bool,
     }
+
+    impl<B> PinnedDrop for Recovered<B> {
+        fn drop(this: Pin<&mut Self>) {
+            let Watch { limit, .. } = &this.watch;
+            if !this.over && limit.as_ref().is_some_and(ResponseLimit::has_passed) {
+                tracing::info!(
+                    request_id = this.watch.request_id(),
+                    traceparent = this.watch.traceparent(),
+                    "a response was cut off: its peer did not read it in time"
+                );
+            }
+        }
+    }
 }
 
 impl<B> http_body::Body for Recovered<B>
@@ -152,19 +176,28 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = self.project();
+        let mut this = self.project();
         if *this.over {
             return Poll::Ready(None);
         }
-        let error = match this.watch.run(|| this.inner.poll_frame(cx)) {
-            Ok(polled) => return polled,
+        let error = match this.watch.run(|| this.inner.as_mut().poll_frame(cx)) {
+            Ok(polled) => {
+                let ended = match &polled {
+                    Poll::Pending => false,
+                    Poll::Ready(Some(Ok(frame))) => {
+                        frame.is_trailers() || this.inner.is_end_stream()
+                    }
+                    Poll::Ready(Some(Err(_)) | None) => true,
+                };
+                *this.over |= ended;
+                return polled;
+            }
             Err(error) => error,
         };
         *this.over = true;
-        let names = this.watch.names.as_ref();
         tracing::error!(
-            request_id = names.map(Names::request_id).unwrap_or_default(),
-            traceparent = names.map(Names::traceparent).unwrap_or_default(),
+            request_id = this.watch.request_id(),
+            traceparent = this.watch.traceparent(),
             cause = error.cause().unwrap_or_default(),
             "a response broke off"
         );

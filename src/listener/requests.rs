@@ -171,14 +171,16 @@ impl<F: Future> Future for Limited<F> {
                     }
                     let left = this.left.as_mut().as_pin_mut().expect("it was set just now");
                     ready!(left.poll(cx));
-                    Instant::now() + LAST_MESSAGES
+                    let at = Instant::now() + LAST_MESSAGES;
+                    if let Some(limit) = this.limit {
+                        limit.set(at);
+                    }
+                    at
                 }
             };
             this.timer.set(Some(sleep_until(at)));
         }
         let timer = this.timer.as_pin_mut().expect("it was set at the latest just now");
-        ready!(timer.poll(cx));
-        tracing::info!("a response was cut off: its peer did not read it in time");
-        Poll::Ready(())
+        timer.poll(cx)
     }
 }

@@ -6,19 +6,24 @@ use std::{
 };
 
 use order_service::{config::LogFormat, logs, panics};
+use rustix::process::Signal;
 use serde_json::Value;
 use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
 use tonic_prost::ProstCodec;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::{
     in_process::{InProcess, STREAM, place},
+    peers::{call, grpc, with_window},
     support::{Process, channel},
 };
 
 const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
-/// Keeps what is logged on this thread, on which a test's server runs, too.
+const ONE_THREAD: [&str; 2] = ["--worker-threads", "1"];
+
+/// Keeps what is logged on this thread, on which all of a test's server runs, too, if it has but one.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -62,7 +67,7 @@ async fn a_panic_is_logged_once_with_its_place_and_its_request() {
     panics::log_panics();
     let log = Log::default();
     let _capturing = log.capture("info");
-    let server = InProcess::start(&[]).await;
+    let server = InProcess::start(&ONE_THREAD).await;
     let http = reqwest::Client::new();
 
     for (id, path) in [("rest-head", "/test/panic"), ("rest-body", "/test/panic-body")] {
@@ -113,7 +118,7 @@ async fn a_panic_is_logged_once_with_its_place_and_its_request() {
 async fn every_line_of_a_request_names_it_and_success_is_silent() {
     let log = Log::default();
     let capturing = log.capture("info");
-    let server = InProcess::start(&[]).await;
+    let server = InProcess::start(&ONE_THREAD).await;
     let http = reqwest::Client::new();
     let get = async |id: &str, path: &str| {
         let request = http.get(server.url(path)).header("x-request-id", id);
@@ -141,7 +146,7 @@ async fn every_line_of_a_request_names_it_and_success_is_silent() {
 
     // What the parts log for those who debug is inside of the request's span.
     let _capturing = log.capture("debug");
-    let server = InProcess::start(&[]).await;
+    let server = InProcess::start(&ONE_THREAD).await;
     let request = http.get(server.url("/test/logs")).header("x-request-id", "debugged");
     request.header("traceparent", TRACE).send().await.unwrap();
     server.stop().await;
@@ -152,13 +157,42 @@ async fn every_line_of_a_request_names_it_and_success_is_silent() {
 }
 
 #[tokio::test]
+async fn a_response_that_is_cut_off_is_told_with_its_request() {
+    let mut server = Process::start("sqlite::memory:", &["--request-timeout", "100ms"]).await;
+    let mut unread = Vec::new();
+    // Health has no time limit before its connection is asked to go.
+    for (id, path) in
+        [("timed", "/orders.v1.OrderService/Place"), ("exempt", "/grpc.health.v1.Health/Watch")]
+    {
+        let mut client = with_window(server.api, 0).await;
+        let (mut request, message) = match id {
+            "timed" => grpc(path, &place("book")),
+            _ => grpc(path, &HealthCheckRequest::default()),
+        };
+        request.headers_mut().insert("x-request-id", id.parse().unwrap());
+        request.headers_mut().insert("traceparent", TRACE.parse().unwrap());
+        let answer = call(&mut client, (request, message)).await.await.unwrap();
+        unread.push((client, answer));
+    }
+    server.signal(Signal::TERM);
+    assert_eq!(server.exited().await.code(), Some(0));
+    server.logged("drained").await;
+    let log = server.log().into_iter();
+    let cut = log.filter(|line| line["message"].as_str().unwrap().contains("cut off"));
+    let mut named: Vec<_> =
+        cut.map(|line| [line["request_id"].clone(), line["traceparent"].clone()]).collect();
+    named.sort_by_key(|names| names[0].to_string());
+    assert_eq!(named, [["exempt", TRACE], ["timed", TRACE]]);
+}
+
+#[tokio::test]
 async fn a_line_is_one_json_object_or_one_line_of_text() {
     let mut server = Process::start("sqlite::memory:", &[]).await;
     let line = server.logged("serving").await;
     for member in ["timestamp", "level", "target", "version", "api", "admin", "database"] {
         assert!(line[member].is_string(), "{member} in {line}");
     }
-    server.signal(rustix::process::Signal::TERM);
+    server.signal(Signal::TERM);
     assert_eq!(server.exited().await.code(), Some(0));
     assert!(server.log().iter().all(Value::is_object), "{:?}", server.log());
 
