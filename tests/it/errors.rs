@@ -3,7 +3,6 @@
 use std::{path::Path, time::Duration};
 
 use order_service::proto::{GetRequest, ListRequest, PlaceRequest, PlaceResponse};
-use prost::Message as _;
 use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, SqliteConnection};
@@ -16,7 +15,7 @@ use tonic::{Code, Request, Status, transport::Channel};
 use tonic_prost::ProstCodec;
 use tonic_types::StatusExt as _;
 
-use crate::support::{Process, channel, database_in, scrape_until};
+use crate::support::{Process, channel, database_in, framed, scrape_until};
 
 fn place(product: &str, quantity: Option<u32>, key: &str) -> PlaceRequest {
     PlaceRequest { product_id: product.into(), quantity, idempotency_key: key.into() }
@@ -339,10 +338,7 @@ async fn a_deadline_that_passes_is_told_and_nothing_is_placed() {
     let args = ["--processing-delay", "30s", "--request-timeout", "30s"];
     let server = Process::start("sqlite::memory:", &args).await;
     // A gRPC client would keep its timeout by itself; this one waits for the server's answer.
-    let request = place("book", None, "");
-    let mut message = vec![0; 5];
-    message[4] = request.encoded_len().try_into().unwrap();
-    request.encode(&mut message).unwrap();
+    let message = framed(&place("book", None, ""));
     let client = Client::builder().http2_prior_knowledge().build().unwrap();
     let request = client.post(server.url("/orders.v1.OrderService/Place")).body(message);
     let request = request.header("content-type", "application/grpc").header("grpc-timeout", "100m");

@@ -1,8 +1,6 @@
 //! Requests that no honest client sends: each is answered in its own protocol, and nothing is placed.
 
 use http::Method;
-use order_service::proto::PlaceRequest;
-use prost::Message as _;
 use reqwest::Client;
 use serde_json::Value;
 use tokio::{
@@ -11,17 +9,16 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{PATIENCE, Process, exchange};
+use crate::{
+    in_process::place,
+    support::{PATIENCE, Process, exchange, framed},
+};
 
 const PLACE: &str = "/orders.v1.OrderService/Place";
 
 /// A valid `Place` of a book, with its prefix.
 fn message() -> Vec<u8> {
-    let order = PlaceRequest { product_id: "book".into(), ..Default::default() };
-    let mut message = vec![0; 5];
-    message[4] = order.encoded_len().try_into().unwrap();
-    order.encode(&mut message).unwrap();
-    message
+    framed(&place("book"))
 }
 
 /// The head and the problem of an answer; its header fields in lower case.

@@ -10,7 +10,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::PATIENCE;
+use crate::support::{PATIENCE, framed};
 
 pub const GET: &[u8] = b"GET /product HTTP/1.1\r\nhost: x\r\n\r\n";
 
@@ -101,12 +101,9 @@ pub async fn with_window(api: SocketAddr, bytes: u32) -> h2::client::SendRequest
 
 /// A gRPC request, and its body.
 pub fn grpc(path: &str, message: &impl prost::Message) -> (http::Request<()>, Bytes) {
-    let mut body = vec![0; 5];
-    body[4] = message.encoded_len().try_into().unwrap();
-    message.encode(&mut body).unwrap();
     let request = http::Request::post(format!("http://x{path}"));
     let request = request.header("content-type", "application/grpc").header("te", "trailers");
-    (request.body(()).unwrap(), body.into())
+    (request.body(()).unwrap(), framed(message).into())
 }
 
 pub fn place() -> (http::Request<()>, Bytes) {

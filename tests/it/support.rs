@@ -178,6 +178,14 @@ pub async fn channel(address: SocketAddr) -> Channel {
     endpoint.connect().await.unwrap()
 }
 
+/// A message as gRPC frames it: a prefix of five bytes and what was encoded, less than 256 bytes.
+pub fn framed(message: &impl prost::Message) -> Vec<u8> {
+    let mut framed = vec![0; 5];
+    framed[4] = message.encoded_len().try_into().unwrap();
+    message.encode(&mut framed).unwrap();
+    framed
+}
+
 /// Sends these bytes on a connection of their own and reads until the server closes it.
 pub async fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -233,13 +241,16 @@ impl Page {
 
 /// Scrapes until a condition holds.
 pub async fn scrape_until(admin: SocketAddr, condition: impl Fn(&Page) -> bool) -> Page {
+    let mut last = None;
     let waiting = async {
         loop {
             let page = Page::scrape(admin).await;
             if condition(&page) {
                 return page;
             }
+            last = Some(page);
         }
     };
-    timeout(PATIENCE, waiting).await.expect("the metrics come to it")
+    let waited = timeout(PATIENCE, waiting).await;
+    waited.unwrap_or_else(|_| panic!("the metrics do not come to it: {last:#?}"))
 }
