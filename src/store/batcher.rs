@@ -11,7 +11,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU8, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -77,13 +77,21 @@ impl Queued {
 }
 
 /// The caller's half; dropping it takes the order back, if that is still possible.
-struct Waiting(Arc<AtomicU8>);
+struct Waiting {
+    state: Arc<AtomicU8>,
+    callers: Arc<AtomicUsize>,
+}
 
 impl Waiting {
+    fn new(state: Arc<AtomicU8>, callers: Arc<AtomicUsize>) -> Self {
+        callers.fetch_add(1, Ordering::Relaxed);
+        Self { state, callers }
+    }
+
     /// Whether nothing was done and nothing will be.
     fn take_back(&self) -> bool {
         let (from, to) = (WAITING, TAKEN_BACK);
-        let step = self.0.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        let step = self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
         step.map_or_else(|state| state == TAKEN_BACK, |_| true)
     }
 }
@@ -91,6 +99,7 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         self.take_back();
+        self.callers.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -98,6 +107,8 @@ impl Drop for Waiting {
 #[derive(Debug, Clone)]
 pub(super) struct Queue {
     sender: mpsc::Sender<Queued>,
+    /// How many callers wait, be their orders in the queue or with a writer.
+    callers: Arc<AtomicUsize>,
     metrics: StoreMetrics,
     health: StoreHealth,
 }
@@ -110,7 +121,7 @@ impl Queue {
     ) -> Result<Placed, StoreError> {
         let begun = Instant::now();
         let state = Arc::new(AtomicU8::new(WAITING));
-        let waiting = Waiting(state.clone());
+        let waiting = Waiting::new(state.clone(), self.callers.clone());
         let (reply, answer) = oneshot::channel();
         let home = Handle::current();
         let queued = Queued { new, deadline, state, reply, home, maybe_stored: false };
@@ -118,10 +129,11 @@ impl Queue {
         self.metrics.queue_orders.inc();
         if self.sender.try_send(queued).is_err() {
             self.metrics.queue_orders.dec();
-            // While the store fails, those whose callers are long gone may fill the queue: that is
-            // no overload.
-            let failing = self.health.is_failing();
-            return Err(if failing { StoreError::Unavailable } else { StoreError::QueueFull });
+            // While the store fails, orders whose callers are long gone stay in the queue. One that
+            // they fill, rather than callers who wait, tells of the outage and of no overload.
+            let overload = self.callers.load(Ordering::Relaxed) > QUEUE;
+            let outage = self.health.is_failing() && !overload;
+            return Err(if outage { StoreError::Unavailable } else { StoreError::QueueFull });
         }
         match timeout_at(deadline, answer).await {
             Ok(Ok(result)) => result,
@@ -155,7 +167,8 @@ pub(super) fn start(
         };
         tasks.spawn(writer.run());
     }
-    (Queue { sender, metrics, health: health.clone() }, tasks)
+    let queue = Queue { sender, callers: Arc::default(), metrics, health: health.clone() };
+    (queue, tasks)
 }
 
 struct Writer {
