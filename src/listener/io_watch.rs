@@ -70,10 +70,39 @@ impl<I: AsyncWrite> AsyncWrite for Watched<I> {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.project().inner.poll_flush(cx)
+        let this = self.project();
+        let polled = this.inner.poll_flush(cx);
+        // TLS takes what is written before the peer has room for it.
+        this.state.set_write_blocked(polled.is_pending());
+        polled
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.project().inner.poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufWriter, duplex};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_written_and_not_flushed_is_blocked() {
+        let (inner, mut peer) = duplex(16);
+        let state = Arc::new(State::new());
+        // It takes all at once and hands it on as there is room, as TLS does.
+        let mut watched = Watched::new(BufWriter::with_capacity(1024, inner), state.clone());
+        watched.write_all(&[0; 100]).await.unwrap();
+        {
+            let mut flushing = std::pin::pin!(watched.flush());
+            assert!(futures_util::poll!(flushing.as_mut()).is_pending());
+            assert!(state.is_write_blocked());
+            let mut read = [0; 100];
+            let (flushed, _) = tokio::join!(flushing, peer.read_exact(&mut read));
+            flushed.unwrap();
+        }
+        assert!(!state.is_write_blocked());
     }
 }

@@ -15,11 +15,12 @@ use tokio_util::sync::CancellationToken;
 use super::{Limits, Phase, ResponseLimit, requests::InFlight};
 
 /// When all is to stop: how long a connection without a request in flight may take to notice, or to
-/// send what is on its way.
+/// send what is on its way. An HTTP/1 client that asks more often than this learns by a response that
+/// its connection ends, instead of sending into one that is being closed.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// The same for an idle HTTP/1 connection, which does not end by itself.
-const IDLE_GRACE: Duration = Duration::from_millis(100);
+/// How often a connection of which nothing is due is looked at.
+const RARELY: Duration = Duration::from_secs(3600);
 
 /// With what an HTTP/2 connection begins (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -94,6 +95,10 @@ impl State {
 
     pub(super) fn set_write_blocked(&self, blocked: bool) {
         self.write_blocked.store(blocked, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_write_blocked(&self) -> bool {
+        self.write_blocked.load(Ordering::Relaxed)
     }
 
     pub(super) fn request_came(self: &Arc<Self>, http1: bool, limit: ResponseLimit) -> InFlight {
@@ -195,7 +200,7 @@ impl Plan {
     /// When to look again.
     pub(super) fn due(&self) -> Instant {
         let now = self.state.now();
-        let mut due = self.begun + Duration::from_secs(86_400);
+        let mut due = Instant::now() + RARELY;
         let mut at = |instant: Option<Instant>| due = due.min(instant.unwrap_or(due));
         at(self.too_late(&now));
         at(self.unread(&now));
@@ -215,7 +220,7 @@ impl Plan {
 
     /// By when an HTTP/1 response must have been read; HTTP/2's streams have timers of their own.
     fn unread(&self, now: &Now) -> Option<Instant> {
-        let pending = now.in_flight > 0 || self.state.write_blocked.load(Ordering::Relaxed);
+        let pending = now.in_flight > 0 || self.state.is_write_blocked();
         let limit = if pending && now.http1 == Some(true) { now.limit.as_ref() } else { None };
         limit.and_then(ResponseLimit::get)
     }
@@ -228,13 +233,11 @@ impl Plan {
 
     /// When everything stops: by when a connection with nothing in flight must have ended.
     fn last_words(&self, now: &Now) -> Option<Instant> {
-        let blocked = self.state.write_blocked.load(Ordering::Relaxed);
+        let blocked = self.state.is_write_blocked();
         if !self.stopping || now.in_flight > 0 || blocked {
             return None;
         }
-        let idle_http1 = now.http1 == Some(true) && now.head_since.is_none();
-        let grace = if idle_http1 { IDLE_GRACE } else { LAST_WORDS };
-        Some(self.stopping_since.max(now.idle_since) + grace)
+        Some(self.stopping_since.max(now.idle_since) + LAST_WORDS)
     }
 
     /// Whether an HTTP/2 connection that is asked to go has yet to be told.
@@ -281,6 +284,24 @@ impl Plan {
 mod tests {
     use super::*;
     use crate::listener::{KEEP_ALIVE, OVERTIME};
+
+    #[test]
+    fn an_old_connection_with_nothing_due_is_let_alone() {
+        let limits = Limits {
+            max_connections: 1,
+            read_timeout: Duration::from_secs(1),
+            max_age: None,
+            overtime: OVERTIME,
+            max_idle: None,
+            keep_alive: KEEP_ALIVE,
+        };
+        let state = Arc::new(State::new());
+        let mut plan = Plan::new(limits, state.clone());
+        drop(state.request_came(true, ResponseLimit::default()));
+        plan.begun -= Duration::from_secs(2 * 86_400);
+        assert!(plan.due() > Instant::now() + Duration::from_secs(60));
+        assert!(matches!(plan.act(), Act::Nothing));
+    }
 
     #[test]
     fn ages_are_within_ten_percent_and_all_over_that_range() {
