@@ -13,7 +13,7 @@ use crate::{
     admin::{self, Admin, Stage},
     api::{self, Api, Extra},
     config::Settings,
-    layers::{InFlight, ServedBy},
+    layers::{InFlight, READING, ServedBy},
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
     metrics::{ConnectionMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
@@ -162,7 +162,8 @@ impl ApiServer {
         let limits = Limits {
             max_connections: settings.max_connections,
             max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
-            overtime: OVERTIME,
+            // A call that began as its connection was asked to go may take all of its time.
+            overtime: OVERTIME.max(settings.request_timeout + READING),
             // Their age ends them.
             max_idle: None,
             read_timeout: settings.read_timeout,

@@ -5,7 +5,7 @@
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::body::Body;
-use http::{HeaderMap, HeaderName, Request, Response};
+use http::{HeaderMap, HeaderName, Request, Response, Version};
 use tower::{Layer, Service, ServiceBuilder};
 
 use crate::{
@@ -27,7 +27,10 @@ use self::{
     shed::ShedLayer, speaks::SpeaksLayer,
 };
 pub use self::{
-    context::ServedBy, deadline::Deadline, shed::InFlight, until_leaving::UntilLeaving,
+    context::ServedBy,
+    deadline::{Deadline, READING},
+    shed::InFlight,
+    until_leaving::UntilLeaving,
 };
 
 /// The name under which a request is found in the logs of every system that it passed.
@@ -97,9 +100,12 @@ pub fn protocol(headers: &HeaderMap) -> Protocol {
 }
 
 /// Health and reflection are neither shed nor timed: an orchestrator must learn that an overloaded
-/// server lives, and their streams have no end of their own.
-fn is_exempt(path: &str) -> bool {
-    path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection.")
+/// server lives, and their streams have no end of their own. Over HTTP/1 their paths are refused like
+/// any other, and nothing but the deadline ends the wait for a body that such a request announces.
+fn is_exempt<B>(request: &Request<B>) -> bool {
+    let path = request.uri().path();
+    request.version() == Version::HTTP_2
+        && (path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection."))
 }
 
 /// The answer to a path that nothing is served on.

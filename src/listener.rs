@@ -65,7 +65,7 @@ pub struct KeepAlive {
 pub const KEEP_ALIVE: KeepAlive =
     KeepAlive { interval: Duration::from_secs(30), timeout: Duration::from_secs(20) };
 
-/// Enough for every call that keeps its deadline.
+/// Enough for every call that keeps a deadline of up to 25 s.
 pub const OVERTIME: Duration = Duration::from_secs(30);
 
 /// How far the shutdown is.
@@ -132,6 +132,9 @@ impl ResponseLimit {
 
 /// First and longest pause after an error of `accept`, such as no file descriptor left.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// As many connections as can wait to be accepted: tokio listens with this backlog.
+const BACKLOG: usize = 1024;
 
 /// How often errors of `accept` are logged at most: out of descriptors, every one that is freed lets one
 /// connection in and the next one fail.
@@ -284,7 +287,8 @@ where
 {
     // The runtime's socket tells only what its last poll saw; the kernel's is asked.
     let socket: StdListener = socket.into_std()?;
-    loop {
+    // New ones may come faster than they are taken. The kernel holds one more than it was told.
+    for _ in 0..=BACKLOG {
         match socket.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(true)?;
@@ -295,4 +299,5 @@ where
             Err(error) => return Err(error),
         }
     }
+    Ok(())
 }

@@ -19,8 +19,8 @@ use crate::{error::Error, listener::ResponseLimit, metrics::Protocol, wire};
 /// store keeps the deadline too, and knows better what to answer: it gets the first word.
 const GRACE: Duration = Duration::from_millis(10);
 
-/// How long after the deadline a peer may take to read its response.
-const READING: Duration = Duration::from_secs(5);
+/// How long after the deadline, or after it was shed, a peer may take to read its response.
+pub const READING: Duration = Duration::from_secs(5);
 
 /// When the answer is due; in the extensions of every request that is not exempt.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +71,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        if is_exempt(request.uri().path()) {
+        if is_exempt(&request) {
             return DeadlineFuture { inner: self.inner.call(request), expired: None };
         }
         let asked = match protocol(request.headers()) {

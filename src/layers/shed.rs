@@ -15,11 +15,14 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tower::{Layer, Service};
 
-use super::is_exempt;
-use crate::{error::Error, metrics::ShedReason};
+use super::{deadline::READING, is_exempt};
+use crate::{error::Error, listener::ResponseLimit, metrics::ShedReason};
 
 /// The limit of requests in flight, and how many there are.
 #[derive(Debug, Clone)]
@@ -99,12 +102,18 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let permit = if is_exempt(request.uri().path()) {
+        let permit = if is_exempt(&request) {
             None
         } else {
             match self.in_flight.enter() {
                 Ok(permit) => Some(permit),
-                Err(error) => return ShedFuture::Refused { error: Some(error) },
+                Err(error) => {
+                    // The deadline layer, which limits all others, does not see it.
+                    if let Some(limit) = request.extensions().get::<ResponseLimit>() {
+                        limit.set(Instant::now() + READING);
+                    }
+                    return ShedFuture::Refused { error: Some(error) };
+                }
             }
         };
         ShedFuture::Entered { inner: self.inner.call(request), permit }
