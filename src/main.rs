@@ -1,6 +1,11 @@
 //! The server process: arguments, logs, signals and the exit code; all else is in the library.
 
-use std::{env, net::SocketAddr, process::ExitCode};
+use std::{
+    env,
+    io::{self, Write as _},
+    net::SocketAddr,
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use order_service::{
@@ -20,8 +25,10 @@ fn main() -> ExitCode {
     let (settings, tls) = match read_settings() {
         Ok(read) => read,
         Err(NoSettings::Asked(text)) => {
-            print!("{text}");
-            return ExitCode::SUCCESS;
+            // Whoever asked may have gone.
+            let mut stdout = io::stdout();
+            let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+            return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         Err(NoSettings::BadUsage(line)) => {
             eprintln!("order-service: {line}");

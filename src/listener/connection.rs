@@ -32,10 +32,11 @@ use crate::metrics::ConnectionMetrics;
 /// Streams of one HTTP/2 connection at a time.
 const MAX_STREAMS: u32 = 256;
 
-/// Bytes of all headers of a request, over both protocols.
+/// Bytes of all headers of an HTTP/2 request, as RFC 9113 counts them (section 6.5.2).
 const MAX_HEADERS: u32 = 16 * 1024;
 
-/// hyper's read buffer of an HTTP/1 connection, which bounds its heads, too; bodies pass through it.
+/// Bytes of hyper's read buffer of an HTTP/1 connection, which bounds its heads, too; bodies pass
+/// through it.
 const HTTP1_BUFFER: usize = 32 * 1024;
 
 /// What a peer may send unread on one stream, and on one connection: requests are small.
@@ -105,7 +106,14 @@ async fn shaken_hands(
         sleep(LAST_WORDS).await;
     };
     tokio::select! {
-        shaken = timeout(limits.read_timeout, tls.acceptor().accept(stream)) => shaken.ok()?.ok(),
+        shaken = timeout(limits.read_timeout, tls.acceptor().accept(stream)) => match shaken.ok()? {
+            Ok(stream) => Some(stream),
+            Err(error) => {
+                // For who debugs certificates; strangers' scans fail all the time.
+                tracing::debug!(%error, "a TLS handshake failed");
+                None
+            }
+        },
         () = stopping => None,
     }
 }

@@ -57,6 +57,16 @@ async fn a_bad_value_is_refused_in_one_line_that_names_it() {
 }
 
 #[tokio::test]
+async fn help_that_cannot_be_written_is_a_failure_and_no_panic() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = server_command(&["--help"]);
+    // tokio's `output` would set the standard output anew.
+    let child = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    let output = child.wait_with_output().await.unwrap();
+    assert_eq!((output.status.code(), output.stderr), (Some(1), Vec::new()));
+}
+
+#[tokio::test]
 async fn the_environment_is_refused_alike() {
     for (name, flag) in [
         ("ORDER_LISTEN", "--listen"),
