@@ -28,7 +28,7 @@ use crate::{
 
 #[tokio::test]
 async fn an_old_http_1_connection_ends_with_a_response() {
-    let server = Process::start("sqlite::memory:", &["--max-connection-age", "300ms"]).await;
+    let server = Process::start("sqlite::memory:", &["--max-connection-age", "1s"]).await;
     let mut peer = connect(server.api).await;
     let mut responses = 0;
     loop {
@@ -44,7 +44,7 @@ async fn an_old_http_1_connection_ends_with_a_response() {
     // An idle one is not closed under its client's feet, but told with its next response.
     let mut idle = connect(server.api).await;
     get(&mut idle).await;
-    silent_for(&mut idle, Duration::from_millis(700)).await;
+    silent_for(&mut idle, Duration::from_millis(1500)).await;
     assert!(get(&mut idle).await.contains("connection: close"));
 }
 
@@ -66,6 +66,16 @@ async fn an_old_http_2_connection_finishes_its_calls_and_goes() {
     // GOAWAY without an error, though the client still holds its end.
     timeout(PATIENCE, connection).await.unwrap().unwrap().unwrap();
     assert!(futures_util::future::poll_fn(|cx| client.poll_ready(cx)).await.is_err());
+}
+
+/// It would be cut off with the connection 30 s after its age.
+#[tokio::test]
+async fn a_call_may_take_its_time_however_old_its_connection_grows() {
+    let args = ["--max-connection-age", "10ms", "--processing-delay", "32s"];
+    let args = [&args[..], &["--request-timeout", "60s"]].concat();
+    let server = Process::start("sqlite::memory:", &args).await;
+    let head = get(&mut connect(server.api).await).await;
+    assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{head}");
 }
 
 /// When each of twenty HTTP/2 connections is told to go, after `begun`.
@@ -147,7 +157,7 @@ const LIMITS: Limits = Limits {
 #[tokio::test]
 async fn a_peer_that_answers_no_ping_is_closed_and_one_that_does_is_kept() {
     let soon = Duration::from_millis(300);
-    let keep_alive = KeepAlive { interval: soon, timeout: soon };
+    let keep_alive = KeepAlive { interval: soon, timeout: Duration::from_secs(3) };
     let server = Listening::start(Limits { keep_alive, ..LIMITS }).await;
     let mut answering = with_window(server.api, 65_535).await;
     let request = || http::Request::get("http://x/product").body(()).unwrap();

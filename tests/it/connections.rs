@@ -18,8 +18,8 @@ use tokio::{
 
 use crate::{
     peers::{
-        DATA, GET, GET_FRAME, GOAWAY, HEADERS, PREFACE, SETTINGS, call, closed, connect, frame,
-        frames, get, place, response, silent_for, with_window,
+        DATA, GET, GET_FRAME, GOAWAY, HEADERS, PREFACE, RST_STREAM, SETTINGS, call, closed,
+        connect, frame, frames, get, place, response, silent_for, with_window,
     },
     support::{PATIENCE, Page, Process, scrape_until},
 };
@@ -76,13 +76,13 @@ async fn a_head_that_trickles_is_cut_off_on_a_used_connection_too() {
 
 #[tokio::test]
 async fn an_idle_connection_is_kept() {
-    let server = Process::start("sqlite::memory:", &["--read-timeout", "100ms"]).await;
+    let server = Process::start("sqlite::memory:", &["--read-timeout", "500ms"]).await;
     let mut peer = connect(server.api).await;
     for _ in 0..3 {
         let head = get(&mut peer).await;
         assert!(head.starts_with("http/1.1 200") && !head.contains("connection: close"), "{head}");
         // It stays silent for longer than a head may take.
-        silent_for(&mut peer, Duration::from_millis(300)).await;
+        silent_for(&mut peer, Duration::from_millis(900)).await;
     }
 }
 
@@ -116,6 +116,26 @@ async fn an_http_2_peer_without_a_first_request_is_told_to_go_and_its_late_reque
     assert!(types.contains(&HEADERS) && types.contains(&DATA), "{types:?}");
     refused(&server, "read_timeout", 1.0).await;
     assert_eq!(server.scrape().await.value("product_order_total", &[]), 1.0);
+}
+
+#[tokio::test]
+async fn streams_beyond_256_on_a_connection_are_refused_and_the_others_go_on() {
+    let args = ["--processing-delay", "60s", "--request-timeout", "60s"];
+    let server = Process::start("sqlite::memory:", &args).await;
+    let mut peer = connect(server.api).await;
+    let mut bytes = [PREFACE, SETTINGS].concat();
+    for stream in 0..300_u32 {
+        let id = (2 * stream + 1).to_be_bytes();
+        bytes.extend([&GET_FRAME[..5], &id, &GET_FRAME[9..]].concat());
+    }
+    peer.write_all(&bytes).await.unwrap();
+    let mut refused = 0;
+    while refused < 300 - 256 {
+        let kind = frame(&mut peer).await.expect("the connection stays");
+        assert!(kind != GOAWAY && kind != HEADERS, "{kind}");
+        refused += u32::from(kind == RST_STREAM);
+    }
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 256.0).await;
 }
 
 #[tokio::test]

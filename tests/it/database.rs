@@ -1,12 +1,14 @@
 //! Stores opened in this process, over each database there is.
 
+use std::path::Path;
+
 use order_service::{
     config::DatabaseUrl,
     metrics::Metrics,
     order::{Order, Placed, Quantity},
     store::{NewOrder, Store, StoreError, StoreHealth, Writers},
 };
-use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _};
+use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _, SqliteConnection};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
@@ -14,6 +16,13 @@ use crate::{
     postgres::PostgresServer,
     support::{PATIENCE, database_in},
 };
+
+/// The SQLite database of a server, held so that nobody else can write to it.
+pub async fn lock_file_in(dir: &Path) -> SqliteConnection {
+    let mut connection = SqliteConnection::connect(&database_in(dir)).await.unwrap();
+    connection.execute("BEGIN IMMEDIATE").await.unwrap();
+    connection
+}
 
 /// A database of a test's own.
 pub enum Database {

@@ -16,11 +16,15 @@ use order_service::proto::{
 };
 use reqwest::Client;
 use rustix::process::Signal;
+use sqlx::Connection as _;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use crate::support::{PATIENCE, Process, database_in, scrape_until, server_command};
+use crate::{
+    database::lock_file_in,
+    support::{PATIENCE, Process, database_in, scrape_until, server_command},
+};
 
 fn place(key: &str) -> PlaceRequest {
     PlaceRequest { product_id: "book".into(), quantity: Some(2), idempotency_key: key.into() }
@@ -136,7 +140,10 @@ async fn rest_load(
 async fn sigterm_finishes_what_is_in_flight_and_exits_0() {
     for signal in [Signal::TERM, Signal::INT] {
         let dir = tempfile::tempdir().unwrap();
-        let mut server = Process::start_in(dir.path(), &["--processing-delay", "300ms"]).await;
+        let args = ["--request-timeout", "60s", "--drain-timeout", "60s"];
+        let mut server = Process::start_in(dir.path(), &args).await;
+        // None is answered before all are in flight and the drain has begun.
+        let locked = lock_file_in(dir.path()).await;
         let mut calls = JoinSet::new();
         for _ in 0..50 {
             let mut grpc = server.grpc().await;
@@ -151,6 +158,9 @@ async fn sigterm_finishes_what_is_in_flight_and_exits_0() {
         }
         scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 100.0).await;
         server.signal(signal);
+        let line = server.logged("draining: stopped accepting").await;
+        assert_eq!(line["requests"], 100);
+        locked.close().await.unwrap();
         let failed: Vec<_> = calls.join_all().await.into_iter().filter_map(Result::err).collect();
         assert_eq!(failed, Vec::<String>::new());
         assert_eq!(server.exited().await.code(), Some(0));
@@ -167,7 +177,7 @@ async fn assert_rows(dir: &Path, rows: usize) {
 #[tokio::test]
 async fn a_drain_delay_lets_steady_clients_leave_without_one_failed_call() {
     let dir = tempfile::tempdir().unwrap();
-    let mut server = Process::start_in(dir.path(), &["--drain-delay", "1s"]).await;
+    let mut server = Process::start_in(dir.path(), &["--drain-delay", "5s"]).await;
     let (stop, placed) = (CancellationToken::new(), Arc::new(AtomicU64::new(0)));
     let mut callers = JoinSet::new();
     for _ in 0..8 {

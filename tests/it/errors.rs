@@ -1,6 +1,6 @@
 //! Every row of the error table, over both protocols.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use order_service::proto::{GetRequest, ListRequest, PlaceRequest, PlaceResponse};
 use reqwest::{Client, Method, Response};
@@ -15,7 +15,10 @@ use tonic::{Code, Request, Status, transport::Channel};
 use tonic_prost::ProstCodec;
 use tonic_types::StatusExt as _;
 
-use crate::support::{Process, channel, database_in, framed, scrape_until};
+use crate::{
+    database::lock_file_in,
+    support::{Process, channel, database_in, framed, scrape_until},
+};
 
 fn place(product: &str, quantity: Option<u32>, key: &str) -> PlaceRequest {
     PlaceRequest { product_id: product.into(), quantity, idempotency_key: key.into() }
@@ -43,13 +46,6 @@ fn fields(problem: &Value) -> Vec<&str> {
 async fn post(server: &Process, body: impl Into<reqwest::Body>) -> Response {
     let request = Client::new().post(server.url("/product"));
     request.header("content-type", "application/json").body(body).send().await.unwrap()
-}
-
-/// The database of a server, held so that nobody else can write to it.
-async fn lock(dir: &Path) -> SqliteConnection {
-    let mut connection = SqliteConnection::connect(&database_in(dir)).await.unwrap();
-    sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await.unwrap();
-    connection
 }
 
 #[tokio::test]
@@ -280,7 +276,7 @@ async fn a_full_queue_sheds_too() {
     let dir = tempfile::tempdir().unwrap();
     let args = ["--max-in-flight", "20000", "--request-timeout", "60s"];
     let server = Process::start_in(dir.path(), &args).await;
-    let locked = lock(dir.path()).await;
+    let locked = lock_file_in(dir.path()).await;
     // One batch is with the writer, 4096 wait.
     let mut calls = JoinSet::new();
     for _ in 0..24 {
@@ -313,7 +309,7 @@ async fn a_store_that_cannot_be_written_is_unavailable() {
     let dir = tempfile::tempdir().unwrap();
     let server = Process::start_in(dir.path(), &["--request-timeout", "1s"]).await;
     let mut grpc = server.grpc().await;
-    let locked = lock(dir.path()).await;
+    let locked = lock_file_in(dir.path()).await;
 
     let status = grpc.place(place("book", None, "k")).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    panic::{set_hook, take_hook},
     sync::{Arc, Mutex},
 };
 
@@ -62,9 +63,20 @@ impl MakeWriter<'_> for Log {
     }
 }
 
+/// The hook is the process's: other tests that fail must still say why.
+fn log_panics_and_print_them() {
+    let print = take_hook();
+    panics::log_panics();
+    let log = take_hook();
+    set_hook(Box::new(move |panic| {
+        log(panic);
+        print(panic);
+    }));
+}
+
 #[tokio::test]
 async fn a_panic_is_logged_once_with_its_place_and_its_request() {
-    panics::log_panics();
+    log_panics_and_print_them();
     let log = Log::default();
     let _capturing = log.capture("info");
     let server = InProcess::start(&ONE_THREAD).await;

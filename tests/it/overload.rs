@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use order_service::proto::{ListRequest, PlaceRequest};
 use tokio::time::timeout;
 use tonic::Code;
@@ -45,6 +46,24 @@ async fn peers_that_do_not_read_free_their_permits_at_the_time_limit() {
         let mut body = answer.await.unwrap().into_body();
         assert!(body.data().await.unwrap().unwrap_err().is_reset());
     }
+}
+
+#[tokio::test]
+async fn a_shed_answer_that_nobody_reads_is_reset_and_recorded_too() {
+    let args = ["--max-in-flight", "1", "--processing-delay", "60s", "--request-timeout", "60s"];
+    let server = Process::start("sqlite::memory:", &args).await;
+    let mut holding = with_window(server.api, 65_535).await;
+    let held = call(&mut holding, place()).await;
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
+    let mut deaf = with_window(server.api, 0).await;
+    let request = http::Request::get("http://x/product").body(()).unwrap();
+    let answer = call(&mut deaf, (request, Bytes::new())).await.await.unwrap();
+    assert_eq!(answer.status(), 503);
+    // Far sooner than its connection has to go.
+    let end = timeout(PATIENCE, async { answer.into_body().data().await.unwrap() });
+    assert!(end.await.expect("the response is cut off").unwrap_err().is_reset());
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
+    drop(held);
 }
 
 /// Clients that are refused together must not come back together.

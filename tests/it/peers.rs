@@ -24,6 +24,7 @@ pub const GET_FRAME: &[u8] = b"\0\0\x0f\x01\x05\0\0\0\x01\x82\x86\x04\x08/produc
 /// Types of frames.
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
 pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 

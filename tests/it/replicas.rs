@@ -19,7 +19,7 @@ fn placed(page: &Page) -> f64 {
 /// One server of many: a database file of its own, and time for its clients to go.
 async fn start(dir: &TempDir, name: usize) -> Process {
     let database = format!("sqlite://{}", dir.path().join(format!("{name}.db")).display());
-    Process::start(&database, &["--drain-delay", "500ms", "--max-connection-age", "2s"]).await
+    Process::start(&database, &["--drain-delay", "1s", "--max-connection-age", "2s"]).await
 }
 
 /// Waits until these many orders more have been placed at a server.

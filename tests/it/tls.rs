@@ -15,13 +15,22 @@ use order_service::{
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tempfile::TempDir;
-use tokio::{io::AsyncWriteExt as _, net::TcpListener, process::Command, time::timeout};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    process::Command,
+    time::timeout,
+};
 
 use crate::{
     peers::{closed, connect},
     support::{PATIENCE, Page, Process, scrape_until, server_command},
     traffic::Steady,
 };
+
+/// Alerts of TLS (RFC 8446, section 6).
+const HANDSHAKE_FAILURE: u8 = 40;
+const PROTOCOL_VERSION: u8 = 70;
 
 /// A CA, and certificates that it signed, as PEM files.
 pub struct Pki {
@@ -105,13 +114,40 @@ async fn both_versions_of_http_are_chosen_by_alpn() {
     }
     let (code, _) = pki.curl(server.api, "orders.test", &["--tls-max", "1.2"]).await;
     assert_eq!(code, Some(0));
-    let (code, _) = pki.curl(server.api, "orders.test", &["--tls-max", "1.1"]).await;
-    assert_ne!(code, Some(0));
     // Plain HTTP is no handshake.
     let plain = reqwest::get(server.url("/product")).await;
     assert!(plain.is_err());
     let page = server.scrape().await;
     assert!(page.value("connections_refused_total", &["reason=\"tls\""]) >= 1.0);
+}
+
+/// By hand: no library speaks TLS 1.1 any more.
+#[tokio::test]
+async fn tls_1_1_is_refused_by_name() {
+    let pki = Pki::new();
+    pki.issue("server", "orders.test");
+    let server = pki.serve(&[]).await;
+    for (minor, alert) in [(2, PROTOCOL_VERSION), (3, HANDSHAKE_FAILURE)] {
+        let mut peer = connect(server.api).await;
+        // A ClientHello of this version: a random of zeros, no session, one cipher suite that is of
+        // both versions and of no use here (TLS_RSA_WITH_AES_128_CBC_SHA), no compression, and one
+        // extension, that signatures may be of ECDSA with P-256.
+        let suites = [0, 0, 2, 0, 0x2f, 1, 0];
+        let extensions = [0, 8, 0, 13, 0, 4, 0, 2, 4, 3];
+        let hello = [&[3, minor][..], &[0; 32], &suites, &extensions].concat();
+        let length = u8::try_from(hello.len()).unwrap();
+        let record = [&[22, 3, 1, 0, length + 4, 1, 0, 0, length][..], &hello].concat();
+        peer.write_all(&record).await.unwrap();
+        let mut answer = Vec::new();
+        timeout(PATIENCE, peer.read_to_end(&mut answer)).await.expect("it is refused").unwrap();
+        // One fatal alert.
+        assert_eq!(
+            (answer[0], &answer[5..]),
+            (21, &[2, alert][..]),
+            "TLS 1.{} {answer:?}",
+            minor - 1
+        );
+    }
 }
 
 #[tokio::test]
