@@ -14,7 +14,7 @@ use crate::support::{PATIENCE, Process};
 #[path = "../../examples/place.rs"]
 mod place;
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_readme_s_client_retries_what_tonic_loses_and_places_each_order_once() {
     let args = ["--max-connection-age", "100ms"];
     let server = Process::start("sqlite::memory:", &args).await;
