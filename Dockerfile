@@ -26,10 +26,8 @@ RUN mkdir -p src/bin/order-load benches \
     && cargo build --release --locked --bins \
     && rm -r build.rs src
 
-COPY build.rs ./
-COPY proto proto
-COPY migrations migrations
-COPY src src
+# No more than .dockerignore lets through.
+COPY . .
 # What `order_service_build_info` and the image's label tell. Not before here, since it changes with each commit.
 ARG ORDER_SERVICE_REVISION=unknown
 # Copied files keep their times, which may be older than the stand-ins': cargo would take those for

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Builds the real Dockerfile where there is no container engine and no registry, and runs what came out.
 #
-# buildah builds in a chroot, on stand-ins for the two base images: Debian by debootstrap with this machine's
-# Rust toolchain, and the packages of the distroless image, unpacked, with no shell. What that cannot prove
-# is how the real bases behave, and arm64.
+# buildah builds in a chroot, on stand-ins for the two base images: Debian's C compiler by debootstrap, with this
+# machine's Rust toolchain mounted; and the packages of the distroless image, unpacked, with no shell. What that cannot
+# prove is how the real bases behave, and arm64.
 #
-# Needs root (or sudo) on Debian, and 20 GB for target/image-test: buildah's vfs copies every layer. Usage: tests/image-test.sh, from anywhere.
+# Needs root (or sudo) on Debian, and 10 GB for target/image-test: buildah's vfs copies every layer, and what a
+# layer does not hold is not copied. The toolchain and the crates are therefore mounted, and intermediate images
+# removed once they have proved what they are for. Usage: tests/image-test.sh, from anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,26 +33,13 @@ run_base=$(sed -n 's/^FROM \([^ ]*\)$/\1/p' Dockerfile)
 
 # --- The stand-ins -------------------------------------------------------------------------------
 
-debian=$work/debian
-if ! [ -e "$debian.done" ]; then
+there() { buildah inspect --type image "$1" >/dev/null 2>&1; }
+sysroot=$(rustc --print sysroot)
+if ! there "$build_base" || ! there "$run_base"; then
+  debian=$work/debian
   rm -rf "$debian"
   debootstrap --variant=minbase --include=gcc,libc6-dev,ca-certificates bookworm "$debian" >"$work/debootstrap.log"
-  touch "$debian.done"
-fi
-if ! buildah inspect --type image "$build_base" >/dev/null 2>&1; then
-  sysroot=$(rustc --print sysroot)
-  target=$(rustc -vV | sed -n 's/^host: //p')
-  container=$(buildah from scratch)
-  buildah add -q "$container" "$debian" / >/dev/null
-  for part in bin/cargo bin/rustc "lib/rustlib/$target"; do
-    buildah add -q "$container" "$sysroot/$part" "/usr/local/rust/$part" >/dev/null
-  done
-  buildah add -q "$container" "$sysroot"/lib/*.so* /usr/local/rust/lib/ >/dev/null
-  buildah config --env CARGO_HOME=/usr/local/cargo \
-    --env PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
-  buildah commit -q --rm "$container" "$build_base" >/dev/null
-fi
-if ! buildah inspect --type image "$run_base" >/dev/null 2>&1; then
+
   root=$work/distroless
   rm -rf "$root"
   mkdir -p "$root"
@@ -70,6 +59,15 @@ if ! buildah inspect --type image "$run_base" >/dev/null 2>&1; then
   buildah config --user 65532 --workingdir /home/nonroot \
     --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt "$container"
   buildah commit -q --rm "$container" "$run_base" >/dev/null
+
+  rm -rf "$debian"/var/cache/apt/archives/*.deb "$debian"/var/lib/apt/lists/* "$debian"/usr/share/{doc,man,locale,info}
+  mkdir -p "$debian/usr/local/rust"
+  container=$(buildah from scratch)
+  buildah add -q "$container" "$debian" / >/dev/null
+  buildah config --env CARGO_HOME=/usr/local/cargo \
+    --env PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+  buildah commit -q --rm "$container" "$build_base" >/dev/null
+  rm -rf "$debian" "$root"
 fi
 
 # --- The build -----------------------------------------------------------------------------------
@@ -77,12 +75,13 @@ fi
 # How cargo reaches the crates is this machine's affair: its certificates and its cargo settings, if it has
 # any, are mounted. The registry's cache is this test's own.
 mkdir -p "$work/registry"
-mounts=(--volume "$work/registry:/usr/local/cargo/registry" --volume /etc/ssl/certs:/etc/ssl/certs:ro)
+mounts=(--volume "$sysroot:/usr/local/rust:ro" --volume "$work/registry:/usr/local/cargo/registry"
+  --volume /etc/ssl/certs:/etc/ssl/certs:ro)
 for settings in "${CARGO_HOME:-$HOME/.cargo}"/config{,.toml}; do
   if [ -e "$settings" ]; then mounts+=(--volume "$settings:/usr/local/cargo/${settings##*/}:ro"); fi
 done
 build() {
-  buildah build --isolation chroot --layers --pull-never "${mounts[@]}" \
+  buildah build --isolation chroot --layers --force-rm --pull-never "${mounts[@]}" \
     --build-arg "ORDER_SERVICE_VERSION=$version" --build-arg "ORDER_SERVICE_REVISION=$revision" "$@"
 }
 build -t order-service:test . 2>&1 | tee "$work/build.log"
@@ -92,11 +91,12 @@ build -t order-service:test . 2>&1 | tee "$work/build.log"
 changed=$work/changed
 rm -rf "$changed"
 mkdir "$changed"
-cp -r Dockerfile .dockerignore Cargo.toml Cargo.lock build.rs proto migrations src "$changed"
+cp -rp Dockerfile .dockerignore Cargo.toml Cargo.lock build.rs proto migrations src "$changed"
 echo 'compile_error!("changed");' >>"$changed/src/lib.rs"
 if build -t order-service:changed "$changed" >"$work/changed.log" 2>&1; then fail "the changed source was not compiled"; fi
 grep -q 'error: changed' "$work/changed.log" || fail "see $work/changed.log"
 ! grep -q 'Compiling tokio ' "$work/changed.log" || fail "a changed source compiles the dependencies again"
+buildah rmi --prune --force >/dev/null # the layers of the build stage, which have served
 
 # --- What it says of itself ----------------------------------------------------------------------
 
@@ -130,7 +130,12 @@ buildah run --isolation chroot --env ORDER_LISTEN=127.0.0.1:0 --env ORDER_ADMIN_
   "$container" -- /usr/local/bin/order-service >"$log" 2>&1 &
 runner=$!
 pid=
-end() { [ -z "$pid" ] || kill -9 "$pid" 2>/dev/null || true; buildah rm "$container" >/dev/null; }
+load=
+end() {
+  [ -z "$pid" ] || kill -9 "$pid" 2>/dev/null || true
+  wait $runner 2>/dev/null || true
+  buildah rm "$container" ${load:+"$load"} >/dev/null
+}
 trap end EXIT
 for _ in $(seq 300); do
   if grep -q '"serving"' "$log" || ! kill -0 $runner 2>/dev/null; then break; fi
@@ -154,8 +159,9 @@ page=$(curl -sS "http://$admin/metrics")
 grep -qx 'product_order_total 1' <<<"$page" || fail "the order was not counted"
 grep -q "order_service_build_info{revision=\"$revision\",version=\"$version\"} 1" <<<"$page" || fail "build info"
 
-# The load test of the same image.
-buildah run --isolation chroot "$container" -- /usr/local/bin/order-load --target "http://$api" --phases 1s@20 \
+# The load test of the same image, in a container of its own.
+load=$(buildah from --pull-never order-service:test)
+buildah run --isolation chroot "$load" -- /usr/local/bin/order-load --target "http://$api" --phases 1s@20 --audit \
   || fail "order-load"
 
 # It drains, waits for its last scrape and ends.
