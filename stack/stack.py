@@ -13,6 +13,8 @@ Needs Debian's PostgreSQL, and `prometheus` in the PATH. Standard library only. 
     STACK_PROMETHEUS_PORT 9090
     STACK_SERVICE         the program, target/release/order-service
 
+Should this script be killed, its parts end as well (on Linux); their data stay in the temporary folder.
+
 A port of 0 is any free one. ORDER_* variables reach the service, save for its addresses and its database.
 """
 
@@ -85,14 +87,16 @@ class Stack:
 
         self.tasks.add(asyncio.create_task(watched()))
 
-    async def spawn(self, name, *command, **options):
-        """Starts a part; a Ctrl-C in the terminal reaches the stack alone."""
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *map(str, command), start_new_session=True, stdin=asyncio.subprocess.DEVNULL, **options
-            )
-        except FileNotFoundError:
+    async def spawn(self, name, *command, how=signal.SIGTERM, **options):
+        """Starts a part; a Ctrl-C in the terminal reaches the stack alone. `how` is the signal that ends the
+        part, which the kernel sends if the stack is killed."""
+        if not shutil.which(command[0]):
             raise Failed(f"{command[0]}: not found; `make stack` installs and builds what is missing")
+        if shutil.which("setpriv"):
+            command = ["setpriv", "--pdeathsig", how.name.removeprefix("SIG"), *command]
+        process = await asyncio.create_subprocess_exec(
+            *map(str, command), start_new_session=True, stdin=asyncio.subprocess.DEVNULL, **options
+        )
         self.parts.append((name, process))
 
         async def watch():
@@ -155,7 +159,7 @@ class Stack:
         with (self.folder / "postgres.log").open("w") as log:
             process = await self.spawn(
                 "PostgreSQL", programs / "postgres", "-D", data, "-p", port, "-h", HOST, "-k", "",
-                stdout=log, stderr=log, cwd=home, **options,
+                how=signal.SIGINT, stdout=log, stderr=log, cwd=home, **options,
             )
         ready = [programs / "pg_isready", "-q", "-h", HOST, "-p", port, "-d", "orders"]
         await self.until("PostgreSQL", process, lambda: once(*ready), lambda answer: answer[0] == 0)

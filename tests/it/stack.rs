@@ -214,6 +214,25 @@ async fn it_grows_with_the_orders_and_ends_if_a_part_of_it_does() {
     assert!(!processes().into_iter().any(|(process, _)| children.contains(&process)));
 }
 
+#[tokio::test]
+#[ignore = "needs PostgreSQL, prometheus and python3; run by make test"]
+async fn killed_it_takes_its_parts_along() {
+    // Nothing asks for the last scrape any more.
+    let settings = [("STACK_REPLICAS", "1"), ("ORDER_FINAL_SCRAPE_TIMEOUT", "0s")];
+    let stack = Stack::start(&settings).await;
+    let (children, folder) = (stack.children(), stack.folder.clone());
+    kill_process(stack.id(), Signal::KILL).unwrap();
+    let left = || processes().into_iter().any(|(process, _)| children.contains(&process));
+    let waiting = async {
+        while left() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.expect("all of them end");
+    drop(stack);
+    fs::remove_dir_all(folder).unwrap();
+}
+
 /// What check-jsonschema says of a Compose file.
 async fn schema(arguments: &[&str], compose: &str) -> Result<(), String> {
     let dir = tempfile::tempdir().unwrap();
