@@ -201,7 +201,10 @@ impl Shared {
         let Ok(login) = login else { return };
         let login = login
             .map(|connection| Idle { connection, born: Instant::now() })
-            .map_err(|error| Failure { outcome_unknown: false, ..failure(&error) });
+            // Whatever the server says to a login, no order is to blame, and it may pass.
+            .map_err(|error| {
+                Failure::nothing_done(StoreErrorKind::Unavailable, failure(&error).cause)
+            });
         // A place that is free has one idle connection at most.
         if let Some(Ok(unwanted)) = state.tell(login)
             && state.idle.len() < self.places.available_permits()

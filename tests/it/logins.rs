@@ -1,13 +1,14 @@
-//! A server whose logins take longer than anybody waits for one, and one whose logins hang.
+//! Logins to PostgreSQL that take longer than anybody waits for one, that hang, or that are refused.
 
 use std::time::Duration;
 
 use order_service::store::{StoreError, StoreStatus};
+use sqlx::Executor as _;
 use tokio::time::{Instant, sleep};
 
 use crate::{
     database::{Opened, later, new, taken},
-    postgres::PostgresServer,
+    postgres::{PASSWORD, PostgresServer},
     proxy::{Proxy, Traffic},
 };
 
@@ -71,5 +72,34 @@ async fn logins_that_hang_do_not_keep_from_a_server_that_is_back() {
     }
     assert!(back.elapsed() < Duration::from_secs(2), "{:?}", back.elapsed());
     assert_eq!((opened.placed(), opened.all().await.len()), (3, 3));
+    opened.close().await;
+}
+
+/// A password that changes before the service's does, a standby with other rules: no order is to blame.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn logins_that_are_refused_are_an_outage() {
+    let server = PostgresServer::start().await;
+    let opened = Opened::new(&server.url()).await.unwrap();
+    opened.store.place(new("book", None), later()).await.unwrap();
+    let mut other = server.connect().await;
+    let change = "ALTER ROLE postgres PASSWORD 'another'; \
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+        WHERE application_name = 'order-service'";
+    other.execute(change).await.unwrap();
+    let soon = Instant::now() + Duration::from_secs(1);
+    let placed = opened.store.place(new("book", None), soon).await;
+    assert_eq!(placed, Err(StoreError::Unavailable));
+    assert_eq!(opened.store.list(None, 1, later()).await, Err(StoreError::Unavailable));
+    let status = opened.health.status();
+    let StoreStatus::Failing { why } = status else { panic!("{status:?}") };
+    assert!(why.contains("password authentication failed"), "{why}");
+    assert!(!why.contains(PASSWORD), "{why}");
+
+    let back = format!("ALTER ROLE postgres PASSWORD '{PASSWORD}'");
+    other.execute(sqlx::AssertSqlSafe(back)).await.unwrap();
+    opened.store.place(new("book", None), later()).await.unwrap();
+    assert_eq!(opened.health.status(), StoreStatus::Up);
+    assert_eq!(opened.all().await.len() as u64, opened.placed());
     opened.close().await;
 }
