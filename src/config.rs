@@ -1,14 +1,13 @@
 //! The settings of the server: every flag and environment variable, parsed and checked before any
 //! socket opens.
 //!
-//! Depends on nothing of ours.
+//! Depends on [`usage`](crate::usage) alone.
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{
-    Parser, ValueEnum,
-    error::{ContextKind, ContextValue, ErrorKind},
-};
+use clap::{Parser, ValueEnum};
+
+use crate::usage::{self, NoArguments, pem_file};
 
 mod database_url;
 
@@ -90,15 +89,15 @@ pub struct Settings {
     pub final_scrapes: usize,
 
     /// Certificate chain of the API listener, PEM; needs --tls-key. Re-read when it changes
-    #[arg(long, env = "ORDER_TLS_CERT", value_name = "FILE", value_parser = file)]
+    #[arg(long, env = "ORDER_TLS_CERT", value_name = "FILE", value_parser = pem_file)]
     pub tls_cert: Option<PathBuf>,
 
     /// Private key of the certificate, PEM; needs --tls-cert. Re-read when it changes
-    #[arg(long, env = "ORDER_TLS_KEY", value_name = "FILE", value_parser = file)]
+    #[arg(long, env = "ORDER_TLS_KEY", value_name = "FILE", value_parser = pem_file)]
     pub tls_key: Option<PathBuf>,
 
     /// CA of the clients, PEM: with it, clients must show a certificate that it signed (mTLS)
-    #[arg(long, env = "ORDER_TLS_CLIENT_CA", value_name = "FILE", value_parser = file)]
+    #[arg(long, env = "ORDER_TLS_CLIENT_CA", value_name = "FILE", value_parser = pem_file)]
     pub tls_client_ca: Option<PathBuf>,
 
     /// Form of the log lines on stderr
@@ -119,37 +118,23 @@ pub enum LogFormat {
     Json,
 }
 
-/// Why the arguments did not give settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NoSettings {
-    /// The user asked for `--help` or `--version`: this is it.
-    Asked(String),
-    /// Exactly one line: the flag, its value and what is expected.
-    BadUsage(String),
-}
-
 impl Settings {
     /// Reads the arguments (the first is the program's name) and, for flags not given, the
     /// environment.
     ///
     /// # Errors
-    /// See [`NoSettings`].
-    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoSettings> {
-        let settings = Self::try_parse_from(args).map_err(|error| match error.kind() {
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-                NoSettings::Asked(error.to_string())
-            }
-            _ => NoSettings::BadUsage(one_line(&error)),
+    /// See [`NoArguments`].
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoArguments> {
+        let settings: Self = usage::read(args, |flag, value| match flag {
+            "--database-url" => without_password(value),
+            _ => value.to_owned(),
         })?;
         settings.check_tls()?;
         Ok(settings)
     }
 
-    fn check_tls(&self) -> Result<(), NoSettings> {
-        let bad = |given: &str, file: &PathBuf, missing: &str| {
-            let file = file.display();
-            Err(NoSettings::BadUsage(format!("{given} {file:?}: expected {missing} with it")))
-        };
+    fn check_tls(&self) -> Result<(), NoArguments> {
+        let bad = |given, file, missing| Err(NoArguments::without(given, file, missing));
         match (&self.tls_cert, &self.tls_key, &self.tls_client_ca) {
             (Some(cert), None, _) => bad("--tls-cert", cert, "--tls-key"),
             (None, Some(key), _) => bad("--tls-key", key, "--tls-cert"),
@@ -183,40 +168,4 @@ fn count<const MOST: usize>(text: &str) -> Result<usize, String> {
         Ok(number) if (1..=MOST).contains(&number) => Ok(number),
         _ => Err(format!("a whole number from 1 to {MOST}")),
     }
-}
-
-fn file(text: &str) -> Result<PathBuf, &'static str> {
-    if text.is_empty() { Err("the path of a PEM file") } else { Ok(text.into()) }
-}
-
-/// clap explains over several lines; a log collector wants one. It never shows a password.
-fn one_line(error: &clap::Error) -> String {
-    let context = |kind| match error.get(kind) {
-        Some(ContextValue::String(text)) => Some(text.as_str()),
-        _ => None,
-    };
-    let arg = context(ContextKind::InvalidArg).unwrap_or("the command line");
-    let flag = arg.split_whitespace().next().unwrap_or(arg);
-    let value = context(ContextKind::InvalidValue).unwrap_or_default();
-    let line = match error.kind() {
-        ErrorKind::UnknownArgument => format!("{arg:?}: expected a flag of --help"),
-        ErrorKind::InvalidValue if value.is_empty() => {
-            format!("{flag}: expected a value, see --help")
-        }
-        ErrorKind::InvalidValue => match error.get(ContextKind::ValidValue) {
-            Some(ContextValue::Strings(valid)) => {
-                format!("{flag} {value:?}: expected {}", valid.join(" or "))
-            }
-            _ => format!("{flag} {value:?}: expected another value, see --help"),
-        },
-        ErrorKind::ValueValidation => {
-            let shown =
-                if flag == "--database-url" { without_password(value) } else { value.to_owned() };
-            let expected = std::error::Error::source(error).map(ToString::to_string);
-            format!("{flag} {shown:?}: expected {}", expected.unwrap_or_default())
-        }
-        ErrorKind::ArgumentConflict => format!("{flag}: expected once"),
-        kind => format!("{flag}: {kind}"),
-    };
-    line.replace(['\n', '\r'], " ")
 }

@@ -2,7 +2,7 @@
 //!
 //! The modules in the order in which a request meets them:
 //!
-//! - [`config`], [`logs`], [`app`]: from the arguments to the running parts, and their end;
+//! - [`usage`], [`config`], [`logs`], [`app`]: from the arguments to the running parts, and their end;
 //! - [`listener`]: connections, their limits, their age, TLS; [`workers`]: the threads they are on;
 //! - [`metrics`]: every family; [`metrics::layer`] records each request, by what [`wire`] reads in its
 //!   headers;
@@ -29,5 +29,6 @@ pub mod panics;
 pub mod proto;
 pub mod rest;
 pub mod store;
+pub mod usage;
 pub mod wire;
 pub mod workers;

@@ -1,20 +1,16 @@
 //! The server process: arguments, logs, signals and the exit code; all else is in the library.
 
-use std::{
-    env,
-    io::{self, Write as _},
-    net::SocketAddr,
-    process::ExitCode,
-};
+use std::{env, net::SocketAddr, process::ExitCode};
 
 use anyhow::Context as _;
 use order_service::{
     api::Extra,
     app::{self, Ended, Inputs, Signals},
-    config::{NoSettings, Settings},
+    config::Settings,
     layers::ServedBy,
     listener::Tls,
     logs, panics,
+    usage::NoArguments,
 };
 use tokio::{
     net::TcpListener,
@@ -24,16 +20,7 @@ use tokio::{
 fn main() -> ExitCode {
     let (settings, tls) = match read_settings() {
         Ok(read) => read,
-        Err(NoSettings::Asked(text)) => {
-            // Whoever asked may have gone.
-            let mut stdout = io::stdout();
-            let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-            return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-        }
-        Err(NoSettings::BadUsage(line)) => {
-            eprintln!("order-service: {line}");
-            return ExitCode::from(2);
-        }
+        Err(refused) => return refused.tell("order-service"),
     };
     panics::log_panics();
     match run(&settings, tls) {
@@ -46,15 +33,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn read_settings() -> Result<(Settings, Option<Tls>), NoSettings> {
+fn read_settings() -> Result<(Settings, Option<Tls>), NoArguments> {
     let settings = Settings::read(env::args_os())?;
     let filter = env::var_os("RUST_LOG").map(|filter| filter.to_string_lossy().into_owned());
-    logs::start(settings.log_format, filter.as_deref()).map_err(NoSettings::BadUsage)?;
+    logs::start(settings.log_format, filter.as_deref()).map_err(NoArguments::BadUsage)?;
     let tls = match (&settings.tls_cert, &settings.tls_key) {
         (Some(cert), Some(key)) => Some(Tls::load(cert, key, settings.tls_client_ca.as_deref())),
         _ => None,
     };
-    let tls = tls.transpose().map_err(|error| NoSettings::BadUsage(error.to_string()))?;
+    let tls = tls.transpose().map_err(|error| NoArguments::BadUsage(error.to_string()))?;
     Ok((settings, tls))
 }
 

@@ -144,6 +144,33 @@ async fn without_json_the_table_is_on_stdout_and_progress_on_stderr() {
 }
 
 #[tokio::test]
+async fn a_phase_lasts_as_long_as_was_asked_for_though_nothing_is_sent() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let target = server.url("");
+    let begun = std::time::Instant::now();
+    let loaded = load(&["--target", &target, "--phases", "100ms@20,1s@0"]).await;
+    assert!(begun.elapsed().as_millis() >= 1100, "{loaded:#?}");
+    assert_eq!(loaded.all_well(), 2);
+}
+
+#[tokio::test]
+async fn on_a_terminal_a_bar_shows_each_phase_and_the_table_begins_on_a_line_of_its_own() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let program = env!("CARGO_BIN_EXE_order-load");
+    let line = format!("{program} --target {} --phases 300ms@20,300ms@0", server.url(""));
+    // From util-linux: runs it on a terminal of its own.
+    let mut command = Command::new("script");
+    command.args(["-qec", &line, "/dev/null"]).stdin(Stdio::null());
+    let output = command.output().await.unwrap();
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{shown}");
+    for phase in ["300ms@20 █", "300ms@0 █", "20.0/s, ok 6, failed 0, p99 ", "p99 -"] {
+        assert!(shown.contains(phase), "{phase}: {shown}");
+    }
+    assert!(shown.lines().any(|line| line.starts_with("phase ")), "{shown}");
+}
+
+#[tokio::test]
 async fn each_process_behind_one_address_has_its_share() {
     let servers = [
         Process::start("sqlite::memory:", &[]).await,

@@ -40,6 +40,46 @@ async fn kill_9_and_a_restart_in_the_middle_lose_and_double_no_order() {
 }
 
 #[tokio::test]
+async fn an_outage_longer_than_the_time_limit_costs_an_audited_run_no_order() {
+    for protocol in PROTOCOLS {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Process::start_in(dir.path(), &[]).await;
+        let address = first.api.to_string();
+        let target = format!("http://{address}");
+        // What falls due meanwhile is more than the connections take at once.
+        let args = ["--phases", "6s@50", "--timeout", "2s", "--connections", "1", "--audit"];
+        let args = [&["--target", &target, "--protocol", protocol], &args[..]].concat();
+        let loading = Loading::start(&args);
+        scrape_until(first.admin, |page| placed(page) >= 20.0).await;
+        first.kill_9().await;
+        // The length of the outage.
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let _second = Process::start_in(dir.path(), &["--listen", &address]).await;
+        assert_eq!(loading.ended().await.audited_well(), 300);
+    }
+}
+
+#[tokio::test]
+async fn an_audit_of_a_service_that_stays_away_ends_and_knows_nothing() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let target = server.url("");
+    // To wait for each of the orders, 64 at a time, would take longer than this test may.
+    let phases = ["--phases", "2s@1000,1h@0", "--patience", "3s", "--audit"];
+    let loading = Loading::start(&[&["--target", &target], &phases[..]].concat());
+    scrape_until(server.admin, |page| placed(page) >= 1900.0).await;
+    server.kill_9().await;
+    loading.signal(Signal::INT);
+    let loaded = loading.ended().await;
+    assert_eq!(loaded.code, Some(1), "{loaded:#?}");
+    let audit = &loaded.document["audit"];
+    let acknowledged = audit["acknowledged"].as_u64().unwrap();
+    assert!(acknowledged >= 1900, "{audit:#?}");
+    // Each order, and the list.
+    assert_eq!(audit["unread"], acknowledged + 1, "{audit:#?}");
+    assert_eq!((&audit["lost"], &audit["doubled"]), (&0.into(), &0.into()), "{audit:#?}");
+}
+
+#[tokio::test]
 #[ignore = "needs PostgreSQL; run by make test"]
 async fn twenty_rounds_of_new_for_old_lose_double_and_fail_no_order() {
     let database = PostgresServer::start().await;

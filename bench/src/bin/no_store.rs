@@ -14,11 +14,12 @@ use axum::{
 use order_service::{
     api::Extra,
     app::{self, Inputs, Signals},
-    config::{NoSettings, Settings},
+    config::Settings,
     layers::ServedBy,
     metrics::layer::Route,
     order::{Expected, Order, Quantity},
     proto::{self, PlaceRequest, PlaceResponse},
+    usage::NoArguments,
 };
 use tokio::net::TcpListener;
 use tonic::{Request, Status, service::Routes};
@@ -33,7 +34,7 @@ use limit::limit_service_server::{LimitService, LimitServiceServer};
 fn main() -> anyhow::Result<()> {
     let settings = match Settings::read(env::args_os()) {
         Ok(settings) => settings,
-        Err(NoSettings::Asked(text) | NoSettings::BadUsage(text)) => anyhow::bail!(text),
+        Err(NoArguments::Asked(text) | NoArguments::BadUsage(text)) => anyhow::bail!(text),
     };
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let signals = Signals::default();

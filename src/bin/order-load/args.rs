@@ -2,11 +2,11 @@
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-use clap::{
-    Parser, ValueEnum,
-    error::{ContextKind, ContextValue, ErrorKind},
+use clap::{Parser, ValueEnum};
+use order_service::{
+    order::ProductId,
+    usage::{self, NoArguments, pem_file},
 };
-use order_service::order::ProductId;
 
 use crate::schedule::Phases;
 
@@ -45,15 +45,15 @@ pub struct Args {
     pub product: ProductId,
 
     /// CA that signed the server's certificate, PEM [default: those this machine trusts]
-    #[arg(long, value_name = "FILE", value_parser = file)]
+    #[arg(long, value_name = "FILE", value_parser = pem_file)]
     pub tls_ca: Option<PathBuf>,
 
     /// Certificate chain to show to the server (mTLS), PEM; needs --tls-key
-    #[arg(long, value_name = "FILE", value_parser = file)]
+    #[arg(long, value_name = "FILE", value_parser = pem_file)]
     pub tls_cert: Option<PathBuf>,
 
     /// Private key of that certificate, PEM; needs --tls-cert
-    #[arg(long, value_name = "FILE", value_parser = file)]
+    #[arg(long, value_name = "FILE", value_parser = pem_file)]
     pub tls_key: Option<PathBuf>,
 
     /// Print one JSON document to stdout, and everything else to stderr
@@ -71,6 +71,10 @@ pub struct Args {
     /// Retry what fails, and at the end read every order back: none lost, doubled or altered
     #[arg(long)]
     pub audit: bool,
+
+    /// With --audit: how long to go on asking a service that is away
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = timeout)]
+    pub patience: Duration,
 }
 
 /// What is spoken to the service.
@@ -80,15 +84,6 @@ pub enum Protocol {
     Http,
 }
 
-/// Why the arguments cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NoArgs {
-    /// The user asked for `--help` or `--version`: this is it.
-    Asked(String),
-    /// One line: the flag, its value and what is expected.
-    BadUsage(String),
-}
-
 /// The longest `--product` under `--audit`: `.RUN.N` is put behind it (see [`crate::sender`]).
 pub const MAX_AUDITED_PRODUCT: usize = 40;
 
@@ -96,21 +91,16 @@ impl Args {
     /// Reads the arguments; the first is the program's name.
     ///
     /// # Errors
-    /// See [`NoArgs`].
-    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoArgs> {
-        let args = Self::try_parse_from(args).map_err(|error| match error.kind() {
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => NoArgs::Asked(error.to_string()),
-            _ => NoArgs::BadUsage(one_line(&error)),
-        })?;
+    /// See [`NoArguments`].
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoArguments> {
+        let args: Self = usage::read(args, |_, value| value.to_owned())?;
         let product = args.product.as_str();
         if args.audit && product.len() > MAX_AUDITED_PRODUCT {
-            return Err(NoArgs::BadUsage(format!(
+            return Err(NoArguments::BadUsage(format!(
                 "--product {product:?}: expected at most {MAX_AUDITED_PRODUCT} characters with --audit"
             )));
         }
-        let bad = |given: &str, file: &PathBuf, missing: &str| {
-            Err(NoArgs::BadUsage(format!("{given} {file:?}: expected {missing} with it")))
-        };
+        let bad = |given, file, missing| Err(NoArguments::without(given, file, missing));
         match (&args.tls_cert, &args.tls_key) {
             (Some(cert), None) => bad("--tls-cert", cert, "--tls-key"),
             (None, Some(key)) => bad("--tls-key", key, "--tls-cert"),
@@ -149,42 +139,4 @@ fn timeout(text: &str) -> Result<Duration, &'static str> {
 
 fn product(text: &str) -> Result<ProductId, &'static str> {
     text.parse().map_err(|order_service::order::Expected(expected)| expected)
-}
-
-fn file(text: &str) -> Result<PathBuf, &'static str> {
-    if text.is_empty() { Err("the path of a PEM file") } else { Ok(text.into()) }
-}
-
-/// clap explains over several lines; a script wants one.
-fn one_line(error: &clap::Error) -> String {
-    let context = |kind| match error.get(kind) {
-        Some(ContextValue::String(text)) => text.as_str(),
-        _ => "",
-    };
-    let arg = match context(ContextKind::InvalidArg) {
-        "" => "the command line",
-        arg => arg,
-    };
-    let flag = arg.split_whitespace().next().unwrap_or(arg);
-    let value = context(ContextKind::InvalidValue);
-    let line = match error.kind() {
-        ErrorKind::UnknownArgument => format!("{arg:?}: expected a flag of --help"),
-        ErrorKind::InvalidValue if value.is_empty() => {
-            format!("{flag}: expected a value, see --help")
-        }
-        ErrorKind::InvalidValue => match error.get(ContextKind::ValidValue) {
-            Some(ContextValue::Strings(valid)) => {
-                format!("{flag} {value:?}: expected {}", valid.join(" or "))
-            }
-            _ => format!("{flag} {value:?}: expected another value, see --help"),
-        },
-        ErrorKind::ValueValidation => {
-            let expected = std::error::Error::source(error).map(ToString::to_string);
-            format!("{flag} {value:?}: expected {}", expected.unwrap_or_default())
-        }
-        ErrorKind::ArgumentConflict => format!("{flag}: expected once"),
-        ErrorKind::TooManyValues => format!("{flag} {value:?}: expected no value"),
-        kind => format!("{flag}: {kind}"),
-    };
-    line.replace(['\n', '\r'], " ")
 }

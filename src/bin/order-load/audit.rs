@@ -4,6 +4,7 @@
 //! tells which orders are this run's, which one each is, and which is there twice.
 
 use std::{
+    cell::Cell,
     collections::{HashMap, HashSet},
     fmt,
     sync::{Mutex, PoisonError},
@@ -18,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::{
     call::{Answer, Code, Failure, SeenOrder},
     pool::Lease,
-    sender::{PATIENCE, Sender, pause_after},
+    sender::{Sender, pause_after},
 };
 
 /// Orders on a page of the list: the most that the service gives.
@@ -108,70 +109,144 @@ impl Audit {
     }
 }
 
-/// When the newest order was placed, by the service's clock; of an empty list, the beginning of time.
-///
-/// # Errors
-/// If the list cannot be read.
-pub async fn newest(sender: &Sender) -> anyhow::Result<SystemTime> {
-    let page = ask(sender, async |lease| sender.api.list(lease, 1, "").await).await;
-    match page {
-        Ok(page) => Ok(page.orders.first().and_then(minted_at).unwrap_or(SystemTime::UNIX_EPOCH)),
-        Err((code, cause)) => bail!("{code}: {cause}"),
+/// Reads orders.
+#[derive(Debug)]
+pub struct Reader<'s> {
+    sender: &'s Sender,
+    /// When the service last told what was asked.
+    told: Cell<Instant>,
+}
+
+impl<'s> Reader<'s> {
+    pub fn new(sender: &'s Sender) -> Self {
+        Self { sender, told: Cell::new(Instant::now()) }
+    }
+
+    /// When the newest order was placed, by the service's clock; of an empty list, the beginning of
+    /// time.
+    ///
+    /// # Errors
+    /// If the list cannot be read.
+    pub async fn newest(&self) -> anyhow::Result<SystemTime> {
+        let page = self.ask(async |lease| self.sender.api.list(lease, 1, "").await).await;
+        match page {
+            Ok(page) => {
+                Ok(page.orders.first().and_then(minted_at).unwrap_or(SystemTime::UNIX_EPOCH))
+            }
+            Err((code, cause)) => bail!("{code}: {cause}"),
+        }
+    }
+
+    /// Reads every acknowledged order by its id, and the list back to the first order of this run.
+    /// `before` is from [`Self::newest`], `due` how many orders there were to send.
+    pub async fn audit(&self, journal: &Journal, before: SystemTime, due: u64) -> Audit {
+        let acknowledged = journal.orders();
+        let read: Vec<_> = futures_util::stream::iter(&acknowledged)
+            .map(async |(number, id)| (*number, self.read_back(*number, *id).await))
+            .buffer_unordered(READERS)
+            .filter_map(async |(number, problem)| Some((number, problem?)))
+            .collect()
+            .await;
+        let told: HashSet<_> = read.iter().map(|(number, _)| *number).collect();
+        let mut problems: Vec<_> = read.into_iter().map(|(_, problem)| problem).collect();
+
+        let numbers = acknowledged.iter().map(|(number, id)| (id.to_string(), *number)).collect();
+        let mut listed = Listed { due, numbers, told, ..Listed::default() };
+        match self.list(before, &mut listed).await {
+            Ok(()) => listed.compare(&acknowledged),
+            Err((code, cause)) => {
+                let what = format!("the list cannot be read to its end: {code}: {cause}");
+                problems.push(Problem { kind: Kind::Unread, what });
+            }
+        }
+        problems.append(&mut listed.problems);
+        Audit {
+            acknowledged: acknowledged.len() as u64,
+            unacknowledged_stored: listed.unacknowledged(&acknowledged),
+            problems,
+        }
+    }
+
+    async fn read_back(&self, number: u64, id: OrderId) -> Option<Problem> {
+        let named = format!("order {number} ({id})");
+        match self.ask(async |lease| self.sender.api.get(lease, id).await).await {
+            Ok(seen) => {
+                let what = difference(self.sender, number, &seen).or_else(|| {
+                    (seen.id != id.to_string()).then(|| format!("is answered as {}", seen.id))
+                })?;
+                Some(Problem { kind: Kind::Altered, what: format!("{named} {what}") })
+            }
+            Err((code, _)) if code.is_not_found() => Some(Problem {
+                kind: Kind::Lost,
+                what: format!("{named} was acknowledged and is not found"),
+            }),
+            Err((code, cause)) => {
+                let what = format!("{named} cannot be read: {code}: {cause}");
+                Some(Problem { kind: Kind::Unread, what })
+            }
+        }
+    }
+
+    /// Reads the list from the newest order to those that are older than the run.
+    async fn list(&self, before: SystemTime, listed: &mut Listed) -> Result<(), (Code, String)> {
+        let oldest = before.checked_sub(SKEW).unwrap_or(SystemTime::UNIX_EPOCH);
+        let mut token = String::new();
+        loop {
+            let page =
+                self.ask(async |lease| self.sender.api.list(lease, PAGE, &token).await).await?;
+            let past = page.orders.last().and_then(minted_at).is_some_and(|at| at < oldest);
+            for order in &page.orders {
+                listed.see(self.sender, order);
+            }
+            token = page.next;
+            if token.is_empty() || past {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Asks until there is an answer, or patience ends. A service that stays away is waited for
+    /// once, not once for each order.
+    async fn ask<T>(
+        &self,
+        question: impl AsyncFn(&mut Lease) -> Result<Answer<T>, Failure>,
+    ) -> Result<T, (Code, String)> {
+        let sender = self.sender;
+        let begun = Instant::now();
+        let mut failure = None;
+        let mut calls = 0;
+        loop {
+            let end = begun.min(self.told.get()) + sender.patience;
+            let away = || (Code::unreachable(sender.api.protocol()), sender.pool.trouble());
+            let lease = timeout_at(end, sender.pool.lease()).await;
+            let (Ok(mut lease), true) = (lease, Instant::now() < end) else {
+                return Err(failure.unwrap_or_else(away));
+            };
+            match question(&mut lease).await {
+                Ok(answer) => {
+                    lease.give_back().await;
+                    self.told.set(Instant::now());
+                    return Ok(answer.value);
+                }
+                Err(Failure::NotBegun) => continue,
+                Err(Failure::Lost(cause)) => failure = Some((away().0, cause)),
+                Err(Failure::Refused(code, cause)) => {
+                    lease.give_back().await;
+                    if !code.may_pass() {
+                        self.told.set(Instant::now());
+                        return Err((code, cause));
+                    }
+                    failure = Some((code, cause));
+                }
+            }
+            calls += 1;
+            sleep(pause_after(calls)).await;
+        }
     }
 }
 
 fn minted_at(order: &SeenOrder) -> Option<SystemTime> {
     Some(order.id.parse::<OrderId>().ok()?.minted_at())
-}
-
-/// Reads every acknowledged order by its id, and the list back to the first order of this run.
-/// `before` is from [`newest`], `due` how many orders there were to send.
-pub async fn audit(sender: &Sender, journal: &Journal, before: SystemTime, due: u64) -> Audit {
-    let acknowledged = journal.orders();
-    let read: Vec<_> = futures_util::stream::iter(&acknowledged)
-        .map(async |(number, id)| (*number, read_back(sender, *number, *id).await))
-        .buffer_unordered(READERS)
-        .filter_map(async |(number, problem)| Some((number, problem?)))
-        .collect()
-        .await;
-    let told: HashSet<_> = read.iter().map(|(number, _)| *number).collect();
-    let mut problems: Vec<_> = read.into_iter().map(|(_, problem)| problem).collect();
-
-    let numbers = acknowledged.iter().map(|(number, id)| (id.to_string(), *number)).collect();
-    let mut listed = Listed { due, numbers, told, ..Listed::default() };
-    match list(sender, before, &mut listed).await {
-        Ok(()) => listed.compare(&acknowledged),
-        Err((code, cause)) => {
-            let what = format!("the list cannot be read to its end: {code}: {cause}");
-            problems.push(Problem { kind: Kind::Unread, what });
-        }
-    }
-    problems.append(&mut listed.problems);
-    Audit {
-        acknowledged: acknowledged.len() as u64,
-        unacknowledged_stored: listed.unacknowledged(&acknowledged),
-        problems,
-    }
-}
-
-async fn read_back(sender: &Sender, number: u64, id: OrderId) -> Option<Problem> {
-    let named = format!("order {number} ({id})");
-    match ask(sender, async |lease| sender.api.get(lease, id).await).await {
-        Ok(seen) => {
-            let what = difference(sender, number, &seen).or_else(|| {
-                (seen.id != id.to_string()).then(|| format!("is answered as {}", seen.id))
-            })?;
-            Some(Problem { kind: Kind::Altered, what: format!("{named} {what}") })
-        }
-        Err((code, _)) if code.is_not_found() => Some(Problem {
-            kind: Kind::Lost,
-            what: format!("{named} was acknowledged and is not found"),
-        }),
-        Err((code, cause)) => {
-            let what = format!("{named} cannot be read: {code}: {cause}");
-            Some(Problem { kind: Kind::Unread, what })
-        }
-    }
 }
 
 /// How an order differs from what was ordered.
@@ -244,60 +319,5 @@ impl Listed {
     fn unacknowledged(&self, acknowledged: &[(u64, OrderId)]) -> u64 {
         let known = acknowledged.iter().filter(|(number, _)| self.ids.contains_key(number)).count();
         (self.ids.len() - known) as u64
-    }
-}
-
-/// Reads the list from the newest order to those that are older than the run.
-async fn list(
-    sender: &Sender,
-    before: SystemTime,
-    listed: &mut Listed,
-) -> Result<(), (Code, String)> {
-    let oldest = before.checked_sub(SKEW).unwrap_or(SystemTime::UNIX_EPOCH);
-    let mut token = String::new();
-    loop {
-        let page = ask(sender, async |lease| sender.api.list(lease, PAGE, &token).await).await?;
-        let past = page.orders.last().and_then(minted_at).is_some_and(|at| at < oldest);
-        for order in &page.orders {
-            listed.see(sender, order);
-        }
-        token = page.next;
-        if token.is_empty() || past {
-            return Ok(());
-        }
-    }
-}
-
-/// Asks until there is an answer, or patience ends.
-async fn ask<T>(
-    sender: &Sender,
-    question: impl AsyncFn(&mut Lease) -> Result<Answer<T>, Failure>,
-) -> Result<T, (Code, String)> {
-    let end = Instant::now() + PATIENCE;
-    let unreachable = Code::unreachable(sender.api.protocol());
-    let mut calls = 0;
-    loop {
-        let lease = timeout_at(end, sender.pool.lease()).await;
-        let mut lease = lease.map_err(|_| (unreachable, sender.pool.trouble()))?;
-        let failure = match question(&mut lease).await {
-            Ok(answer) => {
-                lease.give_back().await;
-                return Ok(answer.value);
-            }
-            Err(Failure::NotBegun) => continue,
-            Err(Failure::Lost(cause)) => (unreachable, cause),
-            Err(Failure::Refused(code, cause)) => {
-                lease.give_back().await;
-                if !code.may_pass() {
-                    return Err((code, cause));
-                }
-                (code, cause)
-            }
-        };
-        calls += 1;
-        if Instant::now() >= end {
-            return Err(failure);
-        }
-        sleep(pause_after(calls)).await;
     }
 }

@@ -85,10 +85,7 @@ impl Keeper {
                 Some(event) = events.recv() => self.handle(event),
                 () = sleep_until(wake) => {}
             }
-            let open = self.live.len();
-            self.shared
-                .state
-                .send_if_modified(|state| std::mem::replace(&mut state.0, open) != open);
+            self.shared.open_are(self.live.len());
         }
     }
 

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     args::Args,
-    audit::{self, Journal},
+    audit::{Journal, Reader},
     call::Api,
     pacer::Pacer,
     pool::Pool,
@@ -44,10 +44,13 @@ pub async fn run(args: &Args, target: Target) -> anyhow::Result<bool> {
         recorder: Recorder::new(args.phases.0.len()),
         journal: args.audit.then(Journal::default),
         timeout: args.timeout,
+        patience: args.patience,
         stop: stop.clone(),
     });
     let before = match &sender.journal {
-        Some(_) => Some(audit::newest(&sender).await.context("--audit: no order can be listed")?),
+        Some(_) => {
+            Some(Reader::new(&sender).newest().await.context("--audit: no order can be listed")?)
+        }
         None => None,
     };
     // Bounded by the time limit of an attempt, which is then a failure.
@@ -56,11 +59,14 @@ pub async fn run(args: &Args, target: Target) -> anyhow::Result<bool> {
 
     let start = Instant::now();
     let progress = Progress::start(&args.phases, sender.clone(), start);
-    let due = sender.run(Schedule::new(&args.phases, seed), start, &pacer).await;
+    let end = start + args.phases.duration();
+    let due = sender.run(Schedule::new(&args.phases, seed), start, end, &pacer).await;
     progress.end().await;
 
     let audit = match (&sender.journal, before) {
-        (Some(journal), Some(before)) => Some(audit::audit(&sender, journal, before, due).await),
+        (Some(journal), Some(before)) => {
+            Some(Reader::new(&sender).audit(journal, before, due).await)
+        }
         _ => None,
     };
     let interrupted = stop.is_cancelled();

@@ -9,7 +9,7 @@
 //! - [`recorder`], [`progress`], [`report`]: what came of it, meanwhile and at the end;
 //! - [`audit`]: reads the orders back.
 //!
-//! Of the library it uses the proto and the rules of an order, nothing of the server.
+//! Of the library it uses the proto, the rules of an order and how bad usage is told, nothing of the server.
 #![allow(missing_docs, reason = "a program, not a library")]
 
 mod args;
@@ -33,24 +33,18 @@ mod tls;
 
 use std::{env, process::ExitCode};
 
-use args::{Args, NoArgs};
+use args::Args;
+use order_service::usage::NoArguments;
 use target::Target;
 
 fn main() -> ExitCode {
     let read = Args::read(env::args_os()).and_then(|args| {
-        let target = Target::new(&args).map_err(NoArgs::BadUsage)?;
+        let target = Target::new(&args).map_err(NoArguments::BadUsage)?;
         Ok((args, target))
     });
     let (args, target) = match read {
         Ok(read) => read,
-        Err(NoArgs::Asked(text)) => {
-            print!("{text}");
-            return ExitCode::SUCCESS;
-        }
-        Err(NoArgs::BadUsage(line)) => {
-            eprintln!("order-load: {line}");
-            return ExitCode::from(2);
-        }
+        Err(refused) => return refused.tell("order-load"),
     };
     // Thousands of connections are within what one may ask for.
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {

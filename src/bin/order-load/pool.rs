@@ -11,7 +11,10 @@ use std::{
     },
 };
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::Instant,
+};
 
 use crate::{
     connection::{Connection, Sender},
@@ -34,8 +37,7 @@ pub struct Shared {
     /// Connections that can take a call, the longest unused first: so all get their share.
     ring: Mutex<VecDeque<Entry>>,
     freed: Notify,
-    /// How many connections are open, and whether an attempt at one failed.
-    pub state: watch::Sender<(usize, bool)>,
+    pub state: watch::Sender<State>,
     /// Whether connections closed for want of calls stay closed until there is one.
     quiet: AtomicBool,
     /// Calls that wait for a connection.
@@ -43,6 +45,17 @@ pub struct Shared {
     pub events: mpsc::UnboundedSender<Event>,
     /// Why there is no connection.
     trouble: Mutex<Option<String>>,
+}
+
+/// How it stands with the connections.
+#[derive(Debug, Default)]
+pub struct State {
+    /// How many are open.
+    open: usize,
+    /// Since when there is any.
+    since: Option<Instant>,
+    /// Whether an attempt at one failed.
+    failed: bool,
 }
 
 #[derive(Debug)]
@@ -128,7 +141,12 @@ impl Pool {
 
     /// Whether there is any connection, be it busy.
     pub fn is_connected(&self) -> bool {
-        self.shared.state.borrow().0 > 0
+        self.connected_since().is_some()
+    }
+
+    /// Since when there has been any connection without a break, if there is one.
+    pub fn connected_since(&self) -> Option<Instant> {
+        self.shared.state.borrow().since
     }
 
     /// Waits until the first connections are open or an attempt failed: what is due then does not
@@ -136,7 +154,7 @@ impl Pool {
     pub async fn opened(&self, connections: usize) {
         let first = connections.min(FIRST_CONNECTIONS);
         let mut state = self.shared.state.subscribe();
-        let opened = state.wait_for(|(open, failed)| *open >= first || *failed).await;
+        let opened = state.wait_for(|state| state.open >= first || state.failed).await;
         drop(opened.expect("the pool holds the sender"));
     }
 
@@ -155,7 +173,16 @@ impl Shared {
     /// An attempt to connect failed, for this reason.
     pub fn trouble_is(&self, cause: String) {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
-        self.state.send_modify(|state| state.1 = true);
+        self.state.send_modify(|state| state.failed = true);
+    }
+
+    /// So many connections are open.
+    pub fn open_are(&self, open: usize) {
+        self.state.send_if_modified(|state| {
+            state.since =
+                if open > 0 { state.since.or_else(|| Some(Instant::now())) } else { None };
+            std::mem::replace(&mut state.open, open) != open
+        });
     }
 
     fn ring(&self) -> MutexGuard<'_, VecDeque<Entry>> {

@@ -76,6 +76,10 @@ async fn show(mut lanes: Vec<Lane>, sender: Arc<Sender>, mut ended: oneshot::Rec
             }
         }
         if last {
+            if bars.is_some() {
+                // The last bar leaves the cursor behind it.
+                eprintln!();
+            }
             return;
         }
     }
@@ -90,7 +94,7 @@ fn figures(sender: &Sender, phase: usize, lane: &Lane, now: Instant) -> String {
     let (ok, failed) = (record.ok, record.failures());
     let unsent =
         if record.unsent > 0 { format!(", unsent {}", record.unsent) } else { String::new() };
-    let p99 = seconds(record.latency(0.99));
+    let p99 = if ok > 0 { seconds(record.latency(0.99)) } else { "-".to_owned() };
     format!("{rate:.1}/s, ok {ok}, failed {failed}{unsent}, p99 {p99}")
 }
 

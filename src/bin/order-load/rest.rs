@@ -154,7 +154,8 @@ async fn answered(
     let body = body_of(response).await?;
     let problem = serde_json::from_slice::<ProblemJson>(&body).ok();
     let detail = problem.and_then(|problem| problem.detail.or(problem.title));
-    Err(Failure::Refused(Code::Http(status.as_u16()), detail.unwrap_or_default()))
+    let detail = detail.unwrap_or_else(|| format!("HTTP status {status}"));
+    Err(Failure::Refused(Code::Http(status.as_u16()), detail))
 }
 
 async fn body_of(response: Response<Incoming>) -> Result<Bytes, Failure> {

@@ -37,6 +37,13 @@ impl Phase {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Phases(pub Vec<Phase>);
 
+impl Phases {
+    /// How long they take together.
+    pub fn duration(&self) -> Duration {
+        self.0.iter().map(|phase| phase.duration).sum()
+    }
+}
+
 impl FromStr for Phases {
     type Err = String;
 

@@ -11,7 +11,7 @@ use rand::RngExt as _;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::yield_now,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -23,10 +23,6 @@ use crate::{
     recorder::Recorder,
     schedule::{Due, Schedule},
 };
-
-/// How long an audit goes on asking, for an order's acknowledgement or for its reading: longer than
-/// a restart of the service takes.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Most orders that are neither acknowledged nor given up: those in flight, and those that an audit
 /// is to retry.
@@ -89,16 +85,20 @@ pub struct Sender {
     pub journal: Option<Journal>,
     /// How long an order may wait for its turn, or for a connection.
     pub timeout: Duration,
+    /// How long to go on asking for the same order while the service is away.
+    pub patience: Duration,
     /// Cancelled when the run is to end early.
     pub stop: CancellationToken,
 }
 
 impl Sender {
-    /// Sends what the schedule holds and waits for what came of it. How many orders were due.
+    /// Sends what the schedule holds, to its end, and waits for what came of it. How many orders were
+    /// due.
     pub async fn run(
         self: &Arc<Self>,
         schedule: Schedule<'_>,
         start: Instant,
+        end: Instant,
         pacer: &Pacer,
     ) -> u64 {
         let unfinished = Arc::new(Semaphore::new(MAX_UNFINISHED as usize));
@@ -127,6 +127,11 @@ impl Sender {
                 record.failed(Code::unreachable(self.api.protocol()), self.pool.trouble());
             }
         }
+        // A phase lasts as long as was asked for, also after its last order.
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = pacer.wait_until(end) => {}
+        }
         let all = unfinished.acquire_many(MAX_UNFINISHED).await;
         drop(all.expect("the semaphore is never closed"));
         due_orders
@@ -144,7 +149,8 @@ impl Sender {
             return Some((lease, permit));
         }
         // In an overload most orders end here: without a timer.
-        if at + self.timeout <= Instant::now() && self.pool.is_connected() {
+        let mut limit = self.turn_limit(at);
+        if limit <= Instant::now() {
             return None;
         }
         let turn = async {
@@ -152,20 +158,45 @@ impl Sender {
             (self.pool.lease().await, permit.expect("the semaphore is never closed"))
         };
         let mut turn = std::pin::pin!(turn);
-        let patience = if self.journal.is_some() { PATIENCE } else { Duration::ZERO };
-        for limit in [at + self.timeout, at + self.timeout.max(patience)] {
+        loop {
             tokio::select! {
                 biased;
                 turn = &mut turn => return Some(turn),
                 () = self.stop.cancelled() => return None,
-                () = tokio::time::sleep_until(limit) => {}
+                () = sleep_until(limit) => {}
             }
-            // An audit waits for a service that is away, but not for one that is slow.
-            if self.pool.is_connected() {
+            limit = self.turn_limit(at);
+            if limit <= Instant::now() {
                 return None;
             }
         }
-        None
+    }
+
+    /// Until when an order waits for its turn. An audit waits for a service that is away, but not for
+    /// one that is slow: what fell due meanwhile has its time once the service is back.
+    fn turn_limit(&self, at: Instant) -> Instant {
+        match (&self.journal, self.pool.connected_since()) {
+            (None, _) => at + self.timeout,
+            (Some(_), Some(since)) => at.max(since) + self.timeout,
+            (Some(_), None) => at + self.timeout.max(self.patience),
+        }
+    }
+
+    /// A connection for a further call, if there is one by then; once the run is to end, it is not
+    /// waited for longer than a call may take.
+    async fn another(&self, limit: Instant) -> Option<Lease> {
+        if limit <= Instant::now() {
+            return None;
+        }
+        let stopped = async {
+            self.stop.cancelled().await;
+            sleep(self.timeout).await;
+        };
+        tokio::select! {
+            biased;
+            lease = timeout_at(limit, self.pool.lease()) => lease.ok(),
+            () = stopped => None,
+        }
     }
 
     async fn place(self: Arc<Self>, due: Due, at: Instant, lease: Lease, _: OwnedSemaphorePermit) {
@@ -196,14 +227,16 @@ impl Sender {
     ) -> Result<(OrderId, Option<http::HeaderValue>, Duration), (Code, String)> {
         let audited = self.journal.is_some();
         let unreachable = Code::unreachable(self.api.protocol());
+        let end = at + self.timeout.max(self.patience);
         let mut lease = Some(lease);
         loop {
             let mut at_hand = match lease.take() {
                 Some(lease) => lease,
                 None => {
-                    let limit = if audited { at + PATIENCE } else { Instant::now() + self.timeout };
-                    let free = timeout_at(limit, self.pool.lease()).await;
-                    free.map_err(|_| (unreachable, self.pool.trouble()))?
+                    let limit = if audited { end } else { end.min(Instant::now() + self.timeout) };
+                    // Boxed, since it is rare and would swell every order's task.
+                    let another = Box::pin(self.another(limit)).await;
+                    another.ok_or_else(|| (unreachable, self.pool.trouble()))?
                 }
             };
             *calls += 1;
@@ -229,7 +262,7 @@ impl Sender {
                 }
             };
             let pause = pause_after(*calls);
-            if !again || self.stop.is_cancelled() || Instant::now() + pause > at + PATIENCE {
+            if !again || self.stop.is_cancelled() || Instant::now() + pause > end {
                 return Err((code, cause));
             }
             tokio::select! {

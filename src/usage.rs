@@ -1,0 +1,101 @@
+//! The command line of either program: what cannot be used is refused in one line, with exit code 2.
+//!
+//! Depends on nothing of ours.
+
+use std::{
+    ffi::OsString,
+    io::{Write as _, stderr, stdout},
+    path::Path,
+    process::ExitCode,
+};
+
+use clap::{
+    Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+/// Why the arguments cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoArguments {
+    /// The user asked for `--help` or `--version`: this is it.
+    Asked(String),
+    /// Exactly one line: the flag, its value and what is expected.
+    BadUsage(String),
+}
+
+impl NoArguments {
+    /// Of a flag that is of no use without others.
+    pub fn without(given: &str, file: &Path, missing: &str) -> Self {
+        Self::BadUsage(format!("{given} {file:?}: expected {missing} with it"))
+    }
+
+    /// Tells the user. The exit code: 0 for what was asked for, 1 if it could not be written, 2 for bad
+    /// usage.
+    pub fn tell(&self, program: &str) -> ExitCode {
+        match self {
+            Self::Asked(text) => {
+                let mut out = stdout();
+                let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            }
+            Self::BadUsage(line) => {
+                let _ = writeln!(stderr(), "{program}: {line}");
+                ExitCode::from(2)
+            }
+        }
+    }
+}
+
+/// Reads the arguments (the first is the program's name) and the environment that they name.
+/// `shown` is what may be shown of a flag's refused value: never a password.
+///
+/// # Errors
+/// See [`NoArguments`].
+pub fn read<A: Parser>(
+    args: impl IntoIterator<Item = OsString>,
+    shown: impl Fn(&str, &str) -> String,
+) -> Result<A, NoArguments> {
+    A::try_parse_from(args).map_err(|error| match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => NoArguments::Asked(error.to_string()),
+        _ => NoArguments::BadUsage(one_line(&error, shown)),
+    })
+}
+
+/// clap explains over several lines; scripts and log collectors want one.
+fn one_line(error: &clap::Error, shown: impl Fn(&str, &str) -> String) -> String {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let arg = context(ContextKind::InvalidArg).unwrap_or("the command line");
+    let flag = arg.split_whitespace().next().unwrap_or(arg);
+    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let line = match error.kind() {
+        ErrorKind::UnknownArgument => format!("{arg:?}: expected a flag of --help"),
+        ErrorKind::InvalidValue if value.is_empty() => {
+            format!("{flag}: expected a value, see --help")
+        }
+        ErrorKind::InvalidValue => match error.get(ContextKind::ValidValue) {
+            Some(ContextValue::Strings(valid)) => {
+                format!("{flag} {value:?}: expected {}", valid.join(" or "))
+            }
+            _ => format!("{flag} {value:?}: expected another value, see --help"),
+        },
+        ErrorKind::ValueValidation => {
+            let expected = std::error::Error::source(error).map(ToString::to_string);
+            format!("{flag} {:?}: expected {}", shown(flag, value), expected.unwrap_or_default())
+        }
+        ErrorKind::ArgumentConflict => format!("{flag}: expected once"),
+        ErrorKind::TooManyValues => format!("{flag} {value:?}: expected no value"),
+        kind => format!("{flag}: {kind}"),
+    };
+    line.replace(['\n', '\r'], " ")
+}
+
+/// For flags that name a PEM file.
+///
+/// # Errors
+/// If there is no name.
+pub fn pem_file(text: &str) -> Result<std::path::PathBuf, &'static str> {
+    if text.is_empty() { Err("the path of a PEM file") } else { Ok(text.into()) }
+}
