@@ -25,9 +25,13 @@ picture: tools
 	$(CARGO) build --release
 	PATH="$(TOOLS)/bin:$$PATH" "$(TOOLS)/picture/bin/python" -B docs/picture.py
 
+# Tests of what holds under a steady load, or within a time after a fault: each has the machine to itself.
+ALONE := replicas:: load_audit:: outages:: logins:: shared_database:: the_number_that_keda_scales_on
+
 ## Installs what the tests need on a bare Debian machine and runs them all
 test: tools
-	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test -- --include-ignored
+	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test -- --include-ignored $(ALONE:%=--skip %)
+	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) test --test it -- --include-ignored --test-threads 1 $(ALONE)
 	bench/guard.sh
 
 ## grpcurl, promtool, Prometheus and PostgreSQL's server programs, where they are missing
@@ -50,7 +54,7 @@ bench-instructions:
 image-test:
 	tests/image-test.sh
 
-## What one replica with one core takes; needs DATABASE_URL, a PostgreSQL of which nothing is kept
+## What one replica with one core takes, on PostgreSQL: the table of docs/scaling.md
 capacity:
 	bench/capacity.sh
 
