@@ -1,7 +1,7 @@
 //! The settings of the server: every flag and environment variable, parsed and checked before any
 //! socket opens.
 //!
-//! Depends on [`usage`](crate::usage) alone.
+//! Depends on [`crate::usage`] alone.
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
