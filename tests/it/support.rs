@@ -134,8 +134,14 @@ impl Process {
         kill_process(self.pid(), signal).unwrap();
     }
 
+    /// Waits for the end of the server and of its log.
     pub async fn exited(&mut self) -> ExitStatus {
-        timeout(PATIENCE, self.child.wait()).await.expect("the server ends").unwrap()
+        let ending = async {
+            let status = self.child.wait().await.unwrap();
+            while self.lines.changed().await.is_ok() {}
+            status
+        };
+        timeout(PATIENCE, ending).await.expect("the server ends")
     }
 
     /// The exit code of a server that is ending.
