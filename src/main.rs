@@ -3,6 +3,7 @@
 use std::{env, net::SocketAddr, process::ExitCode};
 
 use anyhow::Context as _;
+use mimalloc::MiMalloc;
 use order_service::{
     api::Extra,
     app::{self, Ended, Inputs, Signals},
@@ -16,6 +17,9 @@ use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
+
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let (settings, tls) = match read_settings() {

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::json;
 use sqlx::{
-    ConnectOptions as _, Row as _, SqlitePool,
+    AssertSqlSafe, ConnectOptions as _, Row as _, SqlitePool,
     error::DatabaseError,
     sqlite::{
         SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
@@ -33,16 +33,19 @@ const BUSY_TIMEOUT: Duration = Duration::from_millis(100);
 /// Connections that read, beside the one that writes: reading is done on threads of their own.
 const READERS: u32 = 4;
 
-/// A batch in one statement; row by row costs 2.4 times as much. `WHERE true` keeps the parser from
-/// taking `ON CONFLICT` for a join's condition.
-const INSERT: &str = "INSERT INTO orders (id, product_id, quantity, idempotency_key, placed_at) \
-    SELECT unhex(value ->> 0), value ->> 1, value ->> 2, value ->> 3, value ->> 4 \
-    FROM json_each(?1) WHERE true ON CONFLICT DO NOTHING";
+/// What surrounds the rows of a batch. They are one statement, because each statement goes to SQLite's
+/// thread and back: row by row costs 2.4 times as much. As one parameter of JSON they cost a tenth of the
+/// whole call more.
+const INSERT: (&str, &str) = (
+    "INSERT INTO orders (id, product_id, quantity, idempotency_key, placed_at) \
+    SELECT column1, column2, column3, column4, column5 FROM (VALUES ",
+    ") WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING",
+);
 
 const RESOLVE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders \
     WHERE id IN (SELECT unhex(value ->> 0) FROM json_each(?1)) \
     UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders \
-    WHERE idempotency_key IN (SELECT value ->> 3 FROM json_each(?1) WHERE value ->> 3 IS NOT NULL)";
+    WHERE idempotency_key IN (SELECT value ->> 1 FROM json_each(?1) WHERE value ->> 1 IS NOT NULL)";
 
 const GET: &str =
     "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders WHERE id = ?1";
@@ -86,17 +89,16 @@ impl Sqlite {
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
-        let rows = batch.iter().map(|NewOrder { order, key }| {
-            json!([
-                hex(order.id),
-                order.product_id.as_str(),
-                order.quantity.get(),
-                key.as_ref().map(IdempotencyKey::as_str),
-                millis(order.placed_at),
-            ])
-        });
-        let rows = serde_json::Value::from_iter(rows).to_string();
-        let inserted = sqlx::query(INSERT).bind(&rows).execute(&self.writer).await;
+        let mut insert = sqlx::query(AssertSqlSafe(insert(batch.len())));
+        for NewOrder { order, key } in batch {
+            insert = insert
+                .bind(&order.id.as_bytes()[..])
+                .bind(order.product_id.as_str())
+                .bind(order.quantity.get())
+                .bind(key.as_ref().map(IdempotencyKey::as_str))
+                .bind(millis(order.placed_at));
+        }
+        let inserted = insert.execute(&self.writer).await;
         let inserted = inserted.map_err(|error| failure(&error))?;
         if inserted.rows_affected() == batch.len() as u64 {
             return Ok(vec![Outcome::New; batch.len()]);
@@ -104,7 +106,11 @@ impl Sqlite {
         // Those that were there already: sent before, or named by a key before. The others are
         // committed, whatever becomes of this statement.
         let unknown = |error: &sqlx::Error| Failure { outcome_unknown: true, ..failure(error) };
-        let stored = sqlx::query(RESOLVE).bind(&rows).fetch_all(&self.writer).await;
+        let names = batch
+            .iter()
+            .map(|new| json!([hex(new.order.id), new.key.as_ref().map(IdempotencyKey::as_str)]));
+        let names = serde_json::Value::from_iter(names).to_string();
+        let stored = sqlx::query(RESOLVE).bind(names).fetch_all(&self.writer).await;
         let stored = stored.map_err(|error| unknown(&error))?;
         let stored = stored.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
         Ok(resolve(batch, stored.map_err(|error| unknown(&error))?))
@@ -157,6 +163,15 @@ async fn open(
     let pool = pool.connect_with(options.clone()).await.map_err(|error| error.to_string())?;
     migrate::sqlite().run(&pool).await.map_err(|error| format!("its tables: {error}"))?;
     Ok(pool)
+}
+
+/// The statement for that many orders. Its rows are a power of two, so that a few statements serve all
+/// batches and stay prepared; the rows without an order are not bound, which is NULL.
+fn insert(orders: usize) -> String {
+    const ROW: &str = "(?,?,?,?,?)";
+    let more = format!(",{ROW}").repeat(orders.next_power_of_two() - 1);
+    let (before, after) = INSERT;
+    format!("{before}{ROW}{more}{after}")
 }
 
 fn hex(id: OrderId) -> String {

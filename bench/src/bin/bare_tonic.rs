@@ -1,6 +1,7 @@
 //! tonic's own server with nothing around it: `Place` checked and answered as order-service does,
-//! without a store, metrics, limits or request ids. `bare_tonic ADDRESS`
+//! without a store, metrics, limits or request ids, on the same allocator. `bare_tonic ADDRESS`
 
+use mimalloc::MiMalloc;
 use order_service::{
     order::{Expected, Order, Quantity},
     proto::{
@@ -9,6 +10,9 @@ use order_service::{
     },
 };
 use tonic::{Request, Response, Status, transport::Server};
+
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> anyhow::Result<()> {
     let address = std::env::args().nth(1).unwrap_or_default().parse()?;

@@ -11,6 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use mimalloc::MiMalloc;
 use order_service::{
     api::Extra,
     app::{self, Inputs, Signals},
@@ -21,7 +22,13 @@ use order_service::{
     proto::{self, PlaceRequest, PlaceResponse},
     usage::NoArguments,
 };
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    signal::{
+        ctrl_c,
+        unix::{SignalKind, signal},
+    },
+};
 use tonic::{Request, Status, service::Routes};
 
 mod limit {
@@ -31,6 +38,9 @@ mod limit {
 
 use limit::limit_service_server::{LimitService, LimitServiceServer};
 
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
 fn main() -> anyhow::Result<()> {
     let settings = match Settings::read(env::args_os()) {
         Ok(settings) => settings,
@@ -39,10 +49,10 @@ fn main() -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let signals = Signals::default();
         let drain = signals.drain.clone();
+        let mut term = signal(SignalKind::terminate())?;
         tokio::spawn(async move {
-            if tokio::signal::ctrl_c().await.is_ok() {
-                drain.cancel();
-            }
+            tokio::select! { _ = term.recv() => {}, _ = ctrl_c() => {} }
+            drain.cancel();
         });
         let inputs = Inputs {
             api: TcpListener::bind(settings.listen).await?,

@@ -34,8 +34,12 @@ mod tls;
 use std::{env, process::ExitCode};
 
 use args::Args;
+use mimalloc::MiMalloc;
 use order_service::usage::NoArguments;
 use target::Target;
+
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let read = Args::read(env::args_os()).and_then(|args| {
