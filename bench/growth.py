@@ -9,7 +9,6 @@ import concurrent.futures
 import gzip
 import os
 import pathlib
-import re
 import sqlite3
 import statistics
 import subprocess
@@ -34,19 +33,6 @@ def service(name, url):
     return Server(name, [SERVICE, *FLAGS, "--database-url", url], PLACE)
 
 
-def scrape(server):
-    return urllib.request.urlopen(f"http://127.0.0.1:{server.admin}/metrics").read().decode()
-
-
-def tell_failed(server):
-    """h2load takes any answer for a success; the service counts what gRPC takes for one."""
-    for line in scrape(server).splitlines():
-        found = re.match(r'grpc_server_handled_total.*grpc_code="(\w+)".* (\d+)$', line)
-        # Canceled are calls under way as a stretch of load ends.
-        if found and found[1] not in ("OK", "Canceled") and found[2] != "0":
-            print(f"{server.name}: {found[2]} calls ended with {found[1]}")
-
-
 def columns(runs):
     return [
         spread([run.rate for run in runs], 0),
@@ -67,7 +53,7 @@ def grow(what, points, server):
         for _ in range(ROUNDS):
             for name, callers, connections in points:
                 runs[name].append(server.load(SECONDS, callers, connections))
-        tell_failed(server)
+        server.tell_failed()
     finally:
         server.stop()
     table([what, *HEAD], [[name, *columns(of)] for name, of in runs.items()])
@@ -77,6 +63,9 @@ def connections(scratch):
     print("### Connections (as many callers, at least 256)\n")
     points = [(str(n), max(n, 256), n) for n in (1, 2, 8, 64, 256, 1000, 2000)]
     grow("connections", points, service("connections", f"sqlite://{scratch}/connections.db"))
+    bare = [str(HERE / "target" / "release" / "bare_tonic"), "ADDRESS"]
+    print("Bare tonic, which stores nothing, by the same load:\n")
+    grow("connections", points, Server("bare tonic", bare, PLACE))
 
 
 def callers(scratch):
@@ -100,7 +89,7 @@ def stored(scratch):
             server.check()
             server.load(1, 256, 8)
             runs = [server.load(SECONDS, 256, 8) for _ in range(ROUNDS)]
-            tell_failed(server)
+            server.tell_failed()
         finally:
             server.stop()
         rows.append([f"{count:_}".replace("_", " "), *columns(runs)])
@@ -153,7 +142,7 @@ def replicas(scratch):
                     f"{max(run.memory for runs in rounds for run in runs):.0f}",
                 ])
             for server in servers:
-                tell_failed(server)
+                server.tell_failed()
         finally:
             for server in servers:
                 server.stop()
@@ -194,10 +183,10 @@ def scraping(scratch):
     server = service("scrape", f"sqlite://{scratch}/scrape.db").start()
     try:
         server.load(1, 64, 8)
-        page, times = scrape(server), 200
+        page, times = server.scrape(), 200
         before = server.cpu_seconds()
         for _ in range(times):
-            scrape(server)
+            server.scrape()
         cpu = (server.cpu_seconds() - before) / times * 1e3
         series = sum(not line.startswith("#") for line in page.splitlines())
         zipped = len(gzip.compress(page.encode()))

@@ -53,7 +53,7 @@ core_time() { # of core 0, in ticks: idle (waiting for a disk is idle, too), and
 client() { # protocol client
   case "$1 $2" in
     *order-load) "$bin/order-load" --target "http://$api" --protocol "$1" --json --seed 1 --timeout 250ms \
-      --connections "$([ "$1" = grpc ] && echo 2 || echo 64)" --phases "${seconds}s@${RATE:-60000}" 2>/dev/null |
+      --connections "$([ "$1" = grpc ] && echo 2 || echo 64)" --phases "${seconds}s@${RATE:-90000}" 2>/dev/null |
       python3 -c 'import json, sys; print(json.load(sys.stdin)["phases"][0]["ok"])' ;;
     *h2load) h2load -t 1 -c 2 -m 256 -D "$seconds" -d "$dir/order.grpc" -H 'content-type: application/grpc' \
       -H 'te: trailers' "http://$api/orders.v1.OrderService/Place" |
@@ -68,7 +68,7 @@ measure() { # protocol client
   read -r idle0 all0 < <(core_time)
   t0=$(date +%s%N)
   # The shell's own `time` counts the client alone: it is all that runs on the core given here.
-  { TIMEFORMAT='%U %S'; time ok=$(taskset -c 1 bash -c "$(declare -f client); bin=$bin api=$api dir=$dir seconds=$seconds RATE=${RATE:-60000}; client $1 $2"); } 2>"$dir/time"
+  { TIMEFORMAT='%U %S'; time ok=$(taskset -c 1 bash -c "$(declare -f client); bin=$bin api=$api dir=$dir seconds=$seconds RATE=${RATE:-90000}; client $1 $2"); } 2>"$dir/time"
   t1=$(date +%s%N)
   on1=$(server_time)
   read -r idle1 all1 < <(core_time)

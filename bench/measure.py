@@ -1,5 +1,6 @@
 """Servers under load: started, driven by h2load or wrk, and measured from outside by /proc."""
 
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass, field
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -104,12 +106,32 @@ class Server:
         if not good:
             raise SystemExit(f"{self.name}: wrong answer:\n{answer}")
 
+    def scrape(self):
+        return urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/metrics").read().decode()
+
+    def tell_failed(self):
+        """h2load takes any answer for a success; the server counts what gRPC takes for one."""
+        if "ADMIN" not in self.command:
+            return
+        for line in self.scrape().splitlines():
+            found = re.match(r'grpc_server_handled_total.*grpc_code="(\w+)".* (\S+)$', line)
+            # Canceled are calls under way as a stretch of load ends.
+            if found and found[1] not in ("OK", "Canceled") and float(found[2]):
+                print(f"{self.name}: {found[2]} calls ended with {found[1]}")
+
     def load(self, seconds, callers, connections):
         """Calls one after the other from each caller; gRPC's callers share the connections."""
+        drive = h2load if self.is_grpc else wrk
+        return self.measured(lambda: drive(self.url, seconds, callers, connections))
+
+    def load_at(self, seconds, rate):
+        """gRPC calls at fixed times, by order-load."""
+        return self.measured(lambda: order_load(self.port, seconds, rate))
+
+    def measured(self, drive):
         whole, cpu = machine(), self.cpu_seconds()
         loader = os.times()
-        drive = h2load if self.is_grpc else wrk
-        calls, rate, p50, p99 = drive(self.url, seconds, callers, connections)
+        calls, rate, p50, p99 = drive()
         after = os.times()
         mine = self.cpu_seconds() - cpu
         # This process runs only while the load does not, but for reading the load generator's log.
@@ -156,6 +178,14 @@ def h2load(url, seconds, callers, connections):
         times = sorted(int(line.rsplit("\t", 1)[1]) / 1000 for line in (scratch / "log").open())
     rate = float(re.search(r"([\d.]+) req/s", text)[1])
     return int(done), rate, times[len(times) // 2], times[len(times) * 99 // 100]
+
+
+def order_load(port, seconds, rate):
+    words = [str(HERE.parent / "target" / "release" / "order-load"), "--json", "--seed", "1"]
+    words += ["--target", f"http://127.0.0.1:{port}", "--phases", f"{seconds}s@{rate}"]
+    phase = json.loads(output(["taskset", "-c", CLIENT_CPUS, *words]))["phases"][0]
+    times = phase["latency_seconds"]
+    return phase["ok"], phase["ok"] / seconds, times["p50"] * 1e3, times["p99"] * 1e3
 
 
 def wrk(url, seconds, callers, _connections):

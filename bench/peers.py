@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """order-service beside its peers: the same calls, load generator and cores, by turns in one run.
 
-Usage: peers.py [grpc|rest]. ROUNDS, SECONDS, CALLERS and CONNECTIONS set the load, SERVER_CPUS and
-CLIENT_CPUS (as taskset takes them) the cores, SERVICE another build of the service.
+Usage: peers.py [grpc|rest]. h2load drives gRPC and wrk REST; then order-load offers RATE gRPC calls a
+second. ROUNDS, SECONDS_PER_RUN, CALLERS and CONNECTIONS set the load, SERVER_CPUS and CLIENT_CPUS (as
+taskset takes them) the cores, SERVICE another build of the service.
 """
 
 import os
@@ -16,6 +17,7 @@ ROUNDS = int(os.environ.get("ROUNDS", 7))
 SECONDS = int(os.environ.get("SECONDS_PER_RUN", 3))
 CALLERS = int(os.environ.get("CALLERS", 256))
 CONNECTIONS = int(os.environ.get("CONNECTIONS", 8))
+RATE = int(os.environ.get("RATE", 20_000))
 SERVICE = os.environ.get("SERVICE", f"{HERE}/../target/release/order-service")
 BIN = HERE / "target" / "release"
 GO = HERE / "target" / "peers"
@@ -37,6 +39,7 @@ def sides(protocol, scratch):
         ]
     return [
         Server("Go net/http, client_golang", [str(GO / "http-server"), *ADDRESSES], "/product"),
+        Server("bare axum", [str(BIN / "bare_axum"), "ADDRESS"], "/product"),
         Server("order-service, no store", NO_STORE, "/limit"),
         Server("order-service, memory", MEMORY, "/product"),
         Server("order-service, SQLite, durable", sqlite, "/product"),
@@ -52,6 +55,14 @@ def compare(protocol, scratch):
         for _ in range(ROUNDS):
             for server in servers:
                 server.runs.append(server.load(SECONDS, CALLERS, CONNECTIONS))
+        # order-load knows the path of the contract alone.
+        steady = [server for server in servers if server.path == PLACE]
+        at_rate = {server.name: [] for server in steady}
+        for _ in range(ROUNDS):
+            for server in steady:
+                at_rate[server.name].append(server.load_at(SECONDS, RATE))
+        for server in servers:
+            server.tell_failed()
     finally:
         for server in servers:
             server.stop()
@@ -85,6 +96,14 @@ def compare(protocol, scratch):
         cpu = statistics.median(a.cpu / b.cpu for a, b in pairs)
         print(f"{what} / {of}: {rate:.2f} of the calls/s, {cpu:.2f} of the CPU per call")
     print()
+    if at_rate:
+        print(f"order-load at {RATE} calls/s, times from the moment at which each call was due:\n")
+        rows = [
+            [name, spread([run.rate for run in runs], 0), spread([run.cpu for run in runs])]
+            + [spread([run.p50 for run in runs]), spread([run.p99 for run in runs])]
+            for name, runs in at_rate.items()
+        ]
+        table(["", "calls/s", "CPU µs/call", "p50 ms", "p99 ms"], rows)
 
 
 def main():

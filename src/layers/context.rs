@@ -133,11 +133,15 @@ fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
     let usable = |id: &&HeaderValue| {
         (1..=MAX_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
     };
-    given.filter(usable).cloned().unwrap_or_else(|| {
+    let mut id = given.filter(usable).cloned().unwrap_or_else(|| {
         let mut text = [0; uuid::fmt::Simple::LENGTH];
         let text = Uuid::now_v7().simple().encode_lower(&mut text);
         HeaderValue::from_str(text).expect("hexadecimal digits make a header value")
-    })
+    });
+    // HPACK is not to remember it (RFC 7541, section 7.1.3): no other response has the same, and each would
+    // push what recurs out of the tables of both ends.
+    id.set_sensitive(true);
+    id
 }
 
 fn shown(value: Option<&HeaderValue>) -> &str {
