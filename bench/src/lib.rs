@@ -31,6 +31,7 @@ use tower::{
     util::{MapResponse, MapResponseLayer},
 };
 
+pub mod answer;
 mod whole;
 
 pub use self::whole::Whole;

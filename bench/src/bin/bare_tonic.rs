@@ -2,13 +2,11 @@
 //! without a store, metrics, limits or request ids, on the same allocator. `bare_tonic ADDRESS`
 
 use mimalloc::MiMalloc;
-use order_service::{
-    order::{Expected, Order, Quantity},
-    proto::{
-        self, GetRequest, GetResponse, ListRequest, ListResponse, PlaceRequest, PlaceResponse,
-        order_service_server::{OrderService, OrderServiceServer},
-    },
+use order_service::proto::{
+    GetRequest, GetResponse, ListRequest, ListResponse, PlaceRequest, PlaceResponse,
+    order_service_server::{OrderService, OrderServiceServer},
 };
+use peers::answer::place;
 use tonic::{Request, Response, Status, transport::Server};
 
 #[global_allocator]
@@ -24,21 +22,13 @@ fn main() -> anyhow::Result<()> {
 
 struct Bare;
 
-fn invalid(Expected(what): Expected) -> Status {
-    Status::invalid_argument(format!("expected {what}"))
-}
-
 #[tonic::async_trait]
 impl OrderService for Bare {
     async fn place(
         &self,
         request: Request<PlaceRequest>,
     ) -> Result<Response<PlaceResponse>, Status> {
-        let PlaceRequest { product_id, quantity, .. } = request.get_ref();
-        let product_id = product_id.parse().map_err(invalid)?;
-        let quantity = Quantity::try_from(u64::from(quantity.unwrap_or(1))).map_err(invalid)?;
-        let order = proto::Order::from(Order::new(product_id, quantity));
-        Ok(Response::new(PlaceResponse { order: Some(order), replayed: false }))
+        Ok(Response::new(place(request.get_ref())?))
     }
 
     async fn get(&self, _: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {

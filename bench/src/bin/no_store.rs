@@ -4,13 +4,7 @@
 
 use std::{env, process};
 
-use axum::{
-    Router,
-    extract::RawQuery,
-    http::{HeaderValue, Method, StatusCode, header},
-    response::{IntoResponse, Response},
-    routing::get,
-};
+use axum::{Router, http::Method, routing::get};
 use mimalloc::MiMalloc;
 use order_service::{
     api::Extra,
@@ -18,10 +12,10 @@ use order_service::{
     config::Settings,
     layers::ServedBy,
     metrics::layer::Route,
-    order::{Expected, Order, Quantity},
-    proto::{self, PlaceRequest, PlaceResponse},
+    proto::{PlaceRequest, PlaceResponse},
     usage::NoArguments,
 };
+use peers::answer::{place, place_by_query};
 use tokio::{
     net::TcpListener,
     signal::{
@@ -77,34 +71,12 @@ fn extra() -> Extra {
 
 struct Limit;
 
-fn invalid(Expected(what): Expected) -> Status {
-    Status::invalid_argument(format!("expected {what}"))
-}
-
 #[tonic::async_trait]
 impl LimitService for Limit {
     async fn place(
         &self,
         request: Request<PlaceRequest>,
     ) -> Result<tonic::Response<PlaceResponse>, Status> {
-        let PlaceRequest { product_id, quantity, .. } = request.get_ref();
-        let product_id = product_id.parse().map_err(invalid)?;
-        let quantity = Quantity::try_from(u64::from(quantity.unwrap_or(1))).map_err(invalid)?;
-        let order = proto::Order::from(Order::new(product_id, quantity));
-        Ok(tonic::Response::new(PlaceResponse { order: Some(order), replayed: false }))
+        Ok(tonic::Response::new(place(request.get_ref())?))
     }
-}
-
-/// `GET /product` with the same checks and headers.
-async fn place_by_query(RawQuery(query): RawQuery) -> Result<Response, StatusCode> {
-    let query = query.unwrap_or_default();
-    let product_id = query.strip_prefix("product_id=").unwrap_or("book");
-    let product_id = product_id.parse().map_err(|_: Expected| StatusCode::UNPROCESSABLE_ENTITY)?;
-    let order = Order::new(product_id, Quantity::ONE);
-    let location = HeaderValue::try_from(format!("/orders/{}", order.id));
-    let location = location.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
-    let mut response = "Order placed!".into_response();
-    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response.headers_mut().insert(header::LOCATION, location);
-    Ok(response)
 }
