@@ -29,6 +29,7 @@ use crate::{metrics::ConnectionMetrics, workers::Workers};
 
 mod connection;
 mod io_watch;
+mod news;
 mod plan;
 mod requests;
 mod tls;
@@ -104,9 +105,9 @@ impl Shutdown {
 }
 
 /// Cancelled when a connection is asked to go; in the extensions of its requests, so that streams
-/// without an end of their own can end.
+/// without an end of their own can end. To clone a token takes its lock, and each request has one.
 #[derive(Debug, Clone)]
-pub struct Leaving(pub CancellationToken);
+pub struct Leaving(pub Arc<CancellationToken>);
 
 /// When a response is cut off because its peer does not read it: hyper does not poll the body of such
 /// a response, so it cannot end by itself. In the extensions of each request; without a call of

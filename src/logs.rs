@@ -2,7 +2,10 @@
 
 use std::io::stderr;
 
-use tracing::{Subscriber, level_filters::LevelFilter};
+use tracing::{
+    Subscriber,
+    level_filters::{LevelFilter, STATIC_MAX_LEVEL},
+};
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter, util::SubscriberInitExt as _};
 
 use crate::config::LogFormat;
@@ -43,7 +46,8 @@ where
 }
 
 /// Stricter than the filter itself, which takes a misspelt level for the name of a target and then
-/// silences all others, fatal errors too.
+/// silences all others, fatal errors too. A level that the build is without (`trace` of a release) is taken
+/// for the nearest: the filter would write a warning of its own to stderr, in no log format.
 fn read_filter(text: &str) -> Result<EnvFilter, String> {
     let refused = || {
         format!(
@@ -52,22 +56,22 @@ fn read_filter(text: &str) -> Result<EnvFilter, String> {
         )
     };
     let directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
-    let mut all: Vec<&str> = directives.collect();
+    let mut all = Vec::new();
     let mut has_default = false;
-    for directive in &all {
-        let level = match directive.rsplit_once('=') {
-            Some((_, level)) => level,
-            None => {
-                has_default = true;
-                directive
-            }
+    for directive in directives {
+        let (target, level) = match directive.rsplit_once('=') {
+            Some((target, level)) => (Some(target), level),
+            None => (None, directive),
         };
-        if level.is_empty() || level.parse::<LevelFilter>().is_err() {
-            return Err(refused());
-        }
+        has_default |= target.is_none();
+        let level = match level.parse::<LevelFilter>() {
+            Ok(level) if !directive.ends_with('=') => level.min(STATIC_MAX_LEVEL),
+            _ => return Err(refused()),
+        };
+        all.push(target.map_or_else(|| level.to_string(), |target| format!("{target}={level}")));
     }
     if !has_default {
-        all.splice(0..0, DEFAULT);
+        all.splice(0..0, DEFAULT.map(str::to_owned));
     }
     EnvFilter::builder().parse(all.join(",")).map_err(|_| refused())
 }
@@ -84,7 +88,7 @@ mod tests {
             ("off", LevelFilter::OFF),
             ("DEBUG,", LevelFilter::DEBUG),
             ("hyper=debug", LevelFilter::DEBUG),
-            ("error, order_service::store=trace", LevelFilter::TRACE),
+            ("error, order_service::store=trace", STATIC_MAX_LEVEL),
             // The others are not silenced by one that is.
             ("h2=off", LevelFilter::INFO),
         ] {

@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
 };
@@ -15,10 +15,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::time::Instant;
 use tower::{Layer, Service};
 
 use super::{deadline::READING, is_exempt};
@@ -26,48 +23,58 @@ use crate::{error::Error, listener::ResponseLimit, metrics::ShedReason};
 
 /// The limit of requests in flight, and how many there are.
 #[derive(Debug, Clone)]
-pub struct InFlight {
-    permits: Arc<Semaphore>,
+pub struct InFlight(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    count: AtomicUsize,
     max_in_flight: usize,
     /// Whether the last request was shed: the begin and the end of such a time are logged, not each
     /// request in it.
-    shedding: Arc<AtomicBool>,
+    shedding: AtomicBool,
 }
 
 impl InFlight {
     /// None in flight, and at most `max_in_flight`, 1 to a million.
     pub fn new(max_in_flight: usize) -> Self {
-        let permits = Arc::new(Semaphore::new(max_in_flight));
-        Self { permits, max_in_flight, shedding: Arc::default() }
+        let (count, shedding) = Default::default();
+        Self(Arc::new(Shared { count, max_in_flight, shedding }))
     }
 
     /// How many requests are in flight.
     pub fn count(&self) -> usize {
-        self.max_in_flight - self.permits.available_permits()
+        self.0.count.load(Ordering::Relaxed)
     }
 
-    fn enter(&self) -> Result<OwnedSemaphorePermit, Error> {
-        match self.permits.clone().try_acquire_owned() {
-            Ok(permit) => {
-                // The load keeps the line of all cores' caches shared while nothing is shed. It is
-                // over only once half of the permits are free: at the limit every second one would
-                // be shed and logged.
-                if self.shedding.load(Ordering::Relaxed)
-                    && self.count() <= self.max_in_flight / 2
-                    && self.shedding.swap(false, Ordering::Relaxed)
-                {
-                    tracing::info!("requests are no longer shed");
-                }
-                Ok(permit)
+    fn enter(&self) -> Result<Permit, Error> {
+        let Shared { count, max_in_flight, shedding } = &*self.0;
+        let one_more = |count| (count < *max_in_flight).then_some(count + 1);
+        let Ok(before) = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) else {
+            if !shedding.swap(true, Ordering::Relaxed) {
+                tracing::warn!(max_in_flight, "too many requests in flight: shedding begins");
             }
-            Err(_) => {
-                if !self.shedding.swap(true, Ordering::Relaxed) {
-                    let max_in_flight = self.max_in_flight;
-                    tracing::warn!(max_in_flight, "too many requests in flight: shedding begins");
-                }
-                Err(Error::Shed(ShedReason::InFlight))
-            }
+            return Err(Error::Shed(ShedReason::InFlight));
+        };
+        // It is over only once half of the permits are free: at the limit every second one would be
+        // shed and logged.
+        if shedding.load(Ordering::Relaxed)
+            && before < max_in_flight / 2
+            && shedding.swap(false, Ordering::Relaxed)
+        {
+            tracing::info!("requests are no longer shed");
         }
+        Ok(Permit(self.0.clone()))
+    }
+}
+
+/// One request in flight, as long as it lives. Nobody waits for a permit, so that a count is enough: a
+/// semaphore takes a lock that all threads share when a permit is given back.
+#[derive(Debug)]
+struct Permit(Arc<Shared>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -123,7 +130,7 @@ where
 pin_project! {
     #[project = ShedProjection]
     pub(super) enum ShedFuture<F> {
-        Entered { #[pin] inner: F, permit: Option<OwnedSemaphorePermit> },
+        Entered { #[pin] inner: F, permit: Option<Permit> },
         Refused { error: Option<Error> },
     }
 }
@@ -152,7 +159,7 @@ where
 #[derive(Debug)]
 pub struct Held {
     inner: Body,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
 }
 
 impl From<Body> for Held {
@@ -182,5 +189,22 @@ impl http_body::Body for Held {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permits_are_counted_and_one_too_many_is_shed() {
+        let in_flight = InFlight::new(2);
+        let first = in_flight.enter().unwrap();
+        let _second = in_flight.enter().unwrap();
+        assert!(matches!(in_flight.enter(), Err(Error::Shed(ShedReason::InFlight))));
+        assert_eq!(in_flight.count(), 2);
+        drop(first);
+        assert_eq!(in_flight.count(), 1);
+        in_flight.enter().unwrap();
     }
 }

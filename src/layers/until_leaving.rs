@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use pin_project_lite::pin_project;
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
@@ -57,7 +57,8 @@ where
             let response = response.await?;
             Ok(match leaving {
                 Some(Leaving(leaving)) => response.map(|inner| {
-                    Body::new(Ending { inner, leaving: leaving.cancelled_owned(), over: false })
+                    let leaving = CancellationToken::clone(&leaving).cancelled_owned();
+                    Body::new(Ending { inner, leaving, over: false })
                 }),
                 None => response,
             })

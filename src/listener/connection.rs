@@ -1,8 +1,12 @@
 //! One connection, from the handshake to its end.
 
-use std::{convert::Infallible, error::Error, future::poll_fn, pin::pin, sync::Arc, task::Poll};
+use std::{
+    convert::Infallible, error::Error, future::poll_fn, net::SocketAddr, pin::pin, sync::Arc,
+    task::Poll,
+};
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 use http::{Request, Response};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -24,6 +28,7 @@ use tower::Service;
 use super::{
     KeepAlive, Limits, Phase, Tls,
     io_watch::Watched,
+    news::{News, news},
     plan::{Act, LAST_WORDS, Plan, State},
     requests::{Requests, Streams},
 };
@@ -73,24 +78,13 @@ pub(super) async fn run<S, B>(
 {
     let _open = Open::new(shared.metrics.open.clone());
     let peer = stream.peer_addr().ok();
-    let state = Arc::new(State::new());
-    let serving = async {
-        match &shared.tls {
-            None => serve(stream, &shared, &state, phase, service).await,
-            Some(tls) => match shaken_hands(stream, tls, &shared.limits, phase.clone()).await {
-                Some(stream) => serve(stream, &shared, &state, phase, service).await,
-                None => shared.metrics.refused_tls.inc(),
-            },
-        }
-    };
-    tokio::select! {
-        () = serving => {}
-        () = shared.kill.cancelled() => {
-            let requests = state.in_flight();
-            if requests > 0 {
-                tracing::warn!(peer = peer.map(tracing::field::display), requests, "requests were cut off");
-            }
-        }
+    match &shared.tls {
+        None => serve(stream, peer, &shared, phase, service).await,
+        Some(tls) => match shaken_hands(stream, tls, &shared, phase.clone()).await {
+            Some(stream) => serve(stream, peer, &shared, phase, service).await,
+            None if shared.kill.is_cancelled() => {}
+            None => shared.metrics.refused_tls.inc(),
+        },
     }
 }
 
@@ -98,7 +92,7 @@ pub(super) async fn run<S, B>(
 async fn shaken_hands(
     stream: TcpStream,
     tls: &Tls,
-    limits: &Limits,
+    shared: &Shared,
     mut phase: watch::Receiver<Phase>,
 ) -> Option<TlsStream<TcpStream>> {
     let stopping = async {
@@ -106,7 +100,7 @@ async fn shaken_hands(
         sleep(LAST_WORDS).await;
     };
     tokio::select! {
-        shaken = timeout(limits.read_timeout, tls.acceptor().accept(stream)) => match shaken.ok()? {
+        shaken = timeout(shared.limits.read_timeout, tls.acceptor().accept(stream)) => match shaken.ok()? {
             Ok(stream) => Some(stream),
             Err(error) => {
                 // For who debugs certificates; strangers' scans fail all the time.
@@ -115,6 +109,7 @@ async fn shaken_hands(
             }
         },
         () = stopping => None,
+        () = shared.kill.cancelled() => None,
     }
 }
 
@@ -136,8 +131,8 @@ impl Drop for Open {
 
 async fn serve<I, S, B>(
     stream: I,
+    peer: Option<SocketAddr>,
     shared: &Shared,
-    state: &Arc<State>,
     mut phase: watch::Receiver<Phase>,
     service: S,
 ) where
@@ -151,6 +146,7 @@ async fn serve<I, S, B>(
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
+    let state = Arc::new(State::new());
     let io = TokioIo::new(Watched::new(stream, state.clone()));
     let streams = Streams { state: state.clone(), tracker: shared.tracker.clone() };
     let builder = builder(streams, shared.limits.keep_alive);
@@ -158,16 +154,20 @@ async fn serve<I, S, B>(
     let mut connection = pin!(builder.serve_connection(io, requests));
     let mut plan = Plan::new(shared.limits, state.clone());
     plan.follow(*phase.borrow_and_update());
-    let mut timer = pin!(sleep_until(plan.due()));
+    let mut timer = pin!(sleep_until(plan.next_look()));
+    let mut news = news(phase, shared.kill.clone());
     loop {
         let step = poll_fn(|cx| {
+            // The news first: a request that came after the phase changed is answered by it.
+            if let Poll::Ready(Some(news)) = news.poll_next_unpin(cx) {
+                return Poll::Ready(Step::News(news));
+            }
             if connection.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Step::Ended);
             }
             // What the requests did may have brought the next step forward. One that moved back is
             // looked at when the timer fires.
-            let due = plan.due();
-            if due < timer.deadline() {
+            if let Some(due) = plan.turn_ended().filter(|due| *due < timer.deadline()) {
                 timer.as_mut().reset(due);
             }
             if plan.goaway_is_due() || timer.as_mut().poll(cx).is_ready() {
@@ -175,43 +175,40 @@ async fn serve<I, S, B>(
             }
             Poll::Pending
         });
-        let step = tokio::select! {
-            // The phase first: a request that came after it changed is answered by it.
-            biased;
-            changed = phase.changed(), if !plan.stopping => match changed {
-                Ok(()) => {
-                    plan.follow(*phase.borrow_and_update());
-                    Step::Due
-                }
-                Err(_) => {
-                    plan.follow(Phase::Stopping);
-                    Step::Due
-                }
-            },
-            step = step => step,
-        };
-        match step {
+        match step.await {
             Step::Ended => return,
-            Step::Due => match plan.act() {
-                Act::Nothing => {}
-                Act::GoAway => connection.as_mut().graceful_shutdown(),
-                Act::Refuse => {
-                    shared.metrics.refused_read_timeout.inc();
-                    return;
+            Step::News(News::Kill) => {
+                let requests = state.in_flight();
+                if requests > 0 {
+                    let peer = peer.map(tracing::field::display);
+                    tracing::warn!(peer, requests, "requests were cut off");
                 }
-                Act::RefuseByGoAway => {
-                    shared.metrics.refused_read_timeout.inc();
-                    connection.as_mut().graceful_shutdown();
-                }
-                Act::Close => return,
-            },
+                return;
+            }
+            Step::News(News::Phase(_)) if plan.stopping => {}
+            Step::News(News::Phase(phase)) => plan.follow(phase),
+            Step::Due => {}
         }
-        timer.as_mut().reset(plan.due());
+        match plan.act() {
+            Act::Nothing => {}
+            Act::GoAway => connection.as_mut().graceful_shutdown(),
+            Act::Refuse => {
+                shared.metrics.refused_read_timeout.inc();
+                return;
+            }
+            Act::RefuseByGoAway => {
+                shared.metrics.refused_read_timeout.inc();
+                connection.as_mut().graceful_shutdown();
+            }
+            Act::Close => return,
+        }
+        timer.as_mut().reset(plan.next_look());
     }
 }
 
 enum Step {
     Ended,
+    News(News),
     Due,
 }
 

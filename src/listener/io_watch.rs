@@ -60,7 +60,16 @@ impl<I: AsyncWrite> AsyncWrite for Watched<I> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.project();
-        let polled = this.inner.poll_write_vectored(cx, slices);
+        // To the kernel a vector costs more than a buffer. Most are one batch of small frames, or a
+        // head and a short body.
+        let mut together = [0; TOGETHER];
+        let polled = match slices {
+            [one] => this.inner.poll_write(cx, one),
+            _ => match joined(slices, &mut together) {
+                Some(bytes) => this.inner.poll_write(cx, bytes),
+                None => this.inner.poll_write_vectored(cx, slices),
+            },
+        };
         this.state.set_write_blocked(polled.is_pending());
         polled
     }
@@ -82,11 +91,54 @@ impl<I: AsyncWrite> AsyncWrite for Watched<I> {
     }
 }
 
+/// Bytes up to which slices are copied together.
+const TOGETHER: usize = 1024;
+
+fn joined<'b>(slices: &[io::IoSlice<'_>], room: &'b mut [u8; TOGETHER]) -> Option<&'b [u8]> {
+    let mut end = 0;
+    for slice in slices {
+        room.get_mut(end..end + slice.len())?.copy_from_slice(slice);
+        end += slice.len();
+    }
+    Some(&room[..end])
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufWriter, duplex};
 
     use super::*;
+
+    #[tokio::test]
+    async fn slices_are_written_in_order_and_whole_whatever_their_number_and_size() {
+        for sizes in [&[5][..], &[5, 7], &[1000, 24], &[1000, 25], &[3000, 1, 3000], &[0, 9]] {
+            let (inner, mut peer) = duplex(100);
+            let mut watched = Watched::new(inner, Arc::new(State::new()));
+            let mut number = 0_u8;
+            let mut bytes = |size: &usize| -> Vec<u8> {
+                std::iter::repeat_with(|| {
+                    number = number.wrapping_add(1);
+                    number
+                })
+                .take(*size)
+                .collect()
+            };
+            let parts: Vec<Vec<u8>> = sizes.iter().map(&mut bytes).collect();
+            let whole = parts.concat();
+            let writing = async {
+                let mut slices: Vec<_> = parts.iter().map(|part| io::IoSlice::new(part)).collect();
+                let mut left = &mut slices[..];
+                while !left.is_empty() {
+                    let written = watched.write_vectored(left).await.unwrap();
+                    io::IoSlice::advance_slices(&mut left, written);
+                }
+            };
+            let mut read = vec![0; whole.len()];
+            let (_, peers) = tokio::join!(writing, peer.read_exact(&mut read));
+            peers.unwrap();
+            assert_eq!(read, whole, "{sizes:?}");
+        }
+    }
 
     #[tokio::test]
     async fn what_is_written_and_not_flushed_is_blocked() {

@@ -31,7 +31,8 @@ pub(super) struct State {
     /// Whether responses of HTTP/1 are to say `connection: close`.
     closing: AtomicBool,
     write_blocked: AtomicBool,
-    pub(super) leaving: CancellationToken,
+    /// See [`Leaving`](super::Leaving).
+    pub(super) leaving: Arc<CancellationToken>,
     now: Mutex<Now>,
 }
 
@@ -45,12 +46,42 @@ struct Now {
     /// Whether a request has come.
     asked: bool,
     in_flight: usize,
-    /// Since when nothing is in flight; meaningless while something is.
-    idle_since: Instant,
+    /// Since when nothing is in flight.
+    idle_since: Since,
     /// When the first bytes of a head came that has not yet arrived whole: HTTP/1 only.
-    head_since: Option<Instant>,
+    head_since: Since,
     /// The limit of the last request.
     limit: Option<ResponseLimit>,
+}
+
+/// Since when something lasts. The clock is read where a turn of the connection ends, and only if it
+/// still lasts then: of most requests the whole head comes by one read.
+#[derive(Debug, Clone, Copy)]
+enum Since {
+    Not,
+    ThisTurn,
+    At(Instant),
+}
+
+impl Since {
+    fn begins(&mut self) {
+        if matches!(self, Self::Not) {
+            *self = Self::ThisTurn;
+        }
+    }
+
+    fn end_of_turn(&mut self) {
+        if matches!(self, Self::ThisTurn) {
+            *self = Self::At(Instant::now());
+        }
+    }
+
+    fn at(self) -> Option<Instant> {
+        match self {
+            Self::At(at) => Some(at),
+            Self::Not | Self::ThisTurn => None,
+        }
+    }
 }
 
 impl State {
@@ -60,14 +91,14 @@ impl State {
             http1: None,
             asked: false,
             in_flight: 0,
-            idle_since: Instant::now(),
-            head_since: None,
+            idle_since: Since::ThisTurn,
+            head_since: Since::Not,
             limit: None,
         };
         Self {
             closing: AtomicBool::new(false),
             write_blocked: AtomicBool::new(false),
-            leaving: CancellationToken::new(),
+            leaving: Arc::default(),
             now: Mutex::new(now),
         }
     }
@@ -88,8 +119,8 @@ impl State {
                 now.http1 = Some(false);
             }
         }
-        if now.http1 == Some(true) && now.in_flight == 0 && now.head_since.is_none() {
-            now.head_since = Some(Instant::now());
+        if now.http1 == Some(true) && now.in_flight == 0 {
+            now.head_since.begins();
         }
     }
 
@@ -106,7 +137,7 @@ impl State {
         now.http1 = Some(http1);
         now.asked = true;
         now.in_flight += 1;
-        now.head_since = None;
+        (now.idle_since, now.head_since) = (Since::Not, Since::Not);
         now.limit = Some(limit);
         InFlight(self.clone())
     }
@@ -114,7 +145,9 @@ impl State {
     pub(super) fn request_ended(&self) {
         let mut now = self.now();
         now.in_flight -= 1;
-        now.idle_since = Instant::now();
+        if now.in_flight == 0 {
+            now.idle_since.begins();
+        }
     }
 
     /// How many requests are in flight.
@@ -157,6 +190,8 @@ pub(super) struct Plan {
     close: Option<Instant>,
     pub(super) stopping: bool,
     stopping_since: Instant,
+    /// Whether the connection was asked to go, as its requests know by [`State::leaving`].
+    asked_to_go: bool,
     /// Whether hyper was told.
     told: bool,
 }
@@ -174,6 +209,7 @@ impl Plan {
             close: age.map(|age| begun + age + limits.overtime),
             stopping: false,
             stopping_since: begun,
+            asked_to_go: false,
             told: false,
         }
     }
@@ -197,23 +233,24 @@ impl Plan {
         }
     }
 
-    /// When to look again.
-    pub(super) fn due(&self) -> Instant {
-        let now = self.state.now();
-        let mut due = Instant::now() + RARELY;
-        let mut at = |instant: Option<Instant>| due = due.min(instant.unwrap_or(due));
-        at(self.too_late(&now));
-        at(self.unread(&now));
-        at(self.idle(&now));
-        at(self.leave);
-        at(self.close);
-        at(self.last_words(&now));
-        due
+    /// When to look again at the latest.
+    pub(super) fn next_look(&self) -> Instant {
+        self.turn_ended().unwrap_or_else(|| Instant::now() + RARELY)
+    }
+
+    /// Dates what began in this turn of the connection and still lasts, without which nothing of it is
+    /// ever due; gives when to look again, if anything is due at all.
+    pub(super) fn turn_ended(&self) -> Option<Instant> {
+        let mut now = self.state.now();
+        now.idle_since.end_of_turn();
+        now.head_since.end_of_turn();
+        let ends = [self.too_late(&now), self.unread(&now), self.idle(&now), self.last_words(&now)];
+        ends.into_iter().chain([self.leave, self.close]).flatten().min()
     }
 
     /// By when the first request, or a head that has begun, must have arrived.
     fn too_late(&self, now: &Now) -> Option<Instant> {
-        let since = if now.asked { now.head_since } else { Some(self.begun) };
+        let since = if now.asked { now.head_since.at() } else { Some(self.begun) };
         // Once all is to stop, the time for last words is shorter.
         since.map(|since| since + self.read_timeout).filter(|_| !self.stopping)
     }
@@ -227,23 +264,28 @@ impl Plan {
 
     /// By when an idle connection must have asked again.
     fn idle(&self, now: &Now) -> Option<Instant> {
-        let is_idle = now.asked && now.in_flight == 0 && now.head_since.is_none();
-        self.max_idle.filter(|_| is_idle).map(|max_idle| now.idle_since + max_idle)
+        let is_idle = now.asked && matches!(now.head_since, Since::Not);
+        self.max_idle.filter(|_| is_idle).and_then(|max_idle| Some(now.idle_since.at()? + max_idle))
     }
 
     /// When everything stops: by when a connection with nothing in flight must have ended.
     fn last_words(&self, now: &Now) -> Option<Instant> {
         let blocked = self.state.is_write_blocked();
-        if !self.stopping || now.in_flight > 0 || blocked {
+        if !self.stopping || blocked {
             return None;
         }
-        Some(self.stopping_since.max(now.idle_since) + LAST_WORDS)
+        now.idle_since.at().map(|idle_since| self.stopping_since.max(idle_since) + LAST_WORDS)
     }
 
     /// Whether an HTTP/2 connection that is asked to go has yet to be told.
     pub(super) fn goaway_is_due(&self) -> bool {
-        let asked = self.state.leaving.is_cancelled();
-        asked && !self.told && self.state.now().http1 == Some(false)
+        self.asked_to_go && !self.told && self.state.now().http1 == Some(false)
+    }
+
+    fn ask_to_go(&mut self) {
+        self.asked_to_go = true;
+        self.state.closing.store(true, Ordering::Relaxed);
+        self.state.leaving.cancel();
     }
 
     /// What is to be done now.
@@ -256,8 +298,7 @@ impl Plan {
             if now.http1 != Some(false) || self.told {
                 return Act::Refuse;
             }
-            state.closing.store(true, Ordering::Relaxed);
-            state.leaving.cancel();
+            self.ask_to_go();
             (self.told, self.stopping, self.stopping_since) = (true, true, at);
             return Act::RefuseByGoAway;
         }
@@ -267,12 +308,11 @@ impl Plan {
         }
         if past(self.leave) {
             self.leave = None;
-            state.closing.store(true, Ordering::Relaxed);
-            state.leaving.cancel();
+            self.ask_to_go();
         }
         // An HTTP/1 connection leaves by its next response, and one that has sent nothing yet may be
         // sending its first request.
-        if state.leaving.is_cancelled() && !self.told && now.http1 == Some(false) {
+        if self.asked_to_go && !self.told && now.http1 == Some(false) {
             self.told = true;
             return Act::GoAway;
         }
@@ -299,8 +339,59 @@ mod tests {
         let mut plan = Plan::new(limits, state.clone());
         drop(state.request_came(true, ResponseLimit::default()));
         plan.begun -= Duration::from_secs(2 * 86_400);
-        assert!(plan.due() > Instant::now() + Duration::from_secs(60));
+        assert_eq!(plan.turn_ended(), None);
         assert!(matches!(plan.act(), Act::Nothing));
+    }
+
+    fn plan(max_idle: Option<Duration>) -> (Plan, Arc<State>) {
+        let limits = Limits {
+            max_connections: 1,
+            read_timeout: Duration::from_secs(1),
+            max_age: None,
+            overtime: OVERTIME,
+            max_idle,
+            keep_alive: KEEP_ALIVE,
+        };
+        let state = Arc::new(State::new());
+        (Plan::new(limits, state.clone()), state)
+    }
+
+    #[test]
+    fn a_head_counts_from_the_turn_that_brought_its_first_byte() {
+        let (plan, state) = plan(None);
+        drop(state.request_came(true, ResponseLimit::default()));
+        state.bytes_came(b"G");
+        let due = plan.turn_ended().unwrap();
+        assert!(due > Instant::now());
+        state.bytes_came(b"E");
+        assert_eq!(plan.turn_ended(), Some(due));
+        // It came whole.
+        let _in_flight = state.request_came(true, ResponseLimit::default());
+        assert_eq!(plan.turn_ended(), None);
+    }
+
+    #[test]
+    fn idle_is_who_has_no_request_left_and_from_the_end_of_that_turn() {
+        let hour = Duration::from_secs(3600);
+        let (mut plan, state) = plan(Some(hour));
+        let requests = [(); 2].map(|()| state.request_came(false, ResponseLimit::default()));
+        let [first, second] = requests;
+        drop(first);
+        assert_eq!(plan.turn_ended(), None);
+        drop(second);
+        assert!(plan.turn_ended().unwrap() > Instant::now() + hour - Duration::from_secs(60));
+        // What comes and goes within a turn begins it anew.
+        let before = plan.turn_ended();
+        drop(state.request_came(false, ResponseLimit::default()));
+        assert!(plan.turn_ended() > before);
+        // With the end of all the time for last words begins where a request ended late.
+        plan.follow(Phase::Stopping);
+        plan.stopping_since -= hour;
+        plan.leave = None;
+        let last = state.request_came(false, ResponseLimit::default());
+        assert_eq!(plan.turn_ended(), None);
+        drop(last);
+        assert!(plan.turn_ended().is_some_and(|due| due > Instant::now()));
     }
 
     #[test]
@@ -317,7 +408,7 @@ mod tests {
         let ages: Vec<_> = (0..1000)
             .map(|_| {
                 let plan = Plan::new(limits, Arc::new(State::new()));
-                (plan.due() - plan.begun).as_secs_f64()
+                (plan.turn_ended().unwrap() - plan.begun).as_secs_f64()
             })
             .collect();
         assert!(ages.iter().all(|age| (90.0..=110.0).contains(age)), "{ages:?}");

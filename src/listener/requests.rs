@@ -132,8 +132,8 @@ where
 {
     fn execute(&self, stream: F) {
         let limit = self.state.take_limit();
-        let leaving = self.state.leaving.clone();
-        self.tracker.spawn(Limited { inner: stream, limit, leaving, left: None, timer: None });
+        let state = self.state.clone();
+        self.tracker.spawn(Limited { inner: stream, limit, state, left: None, timer: None });
     }
 }
 
@@ -145,7 +145,7 @@ pin_project! {
         #[pin]
         inner: F,
         limit: Option<ResponseLimit>,
-        leaving: CancellationToken,
+        state: Arc<State>,
         #[pin]
         left: Option<WaitForCancellationFutureOwned>,
         #[pin]
@@ -167,7 +167,8 @@ impl<F: Future> Future for Limited<F> {
                 Some(at) => at,
                 None => {
                     if this.left.is_none() {
-                        this.left.set(Some(this.leaving.clone().cancelled_owned()));
+                        let leaving = CancellationToken::clone(&this.state.leaving);
+                        this.left.set(Some(leaving.cancelled_owned()));
                     }
                     let left = this.left.as_mut().as_pin_mut().expect("it was set just now");
                     ready!(left.poll(cx));

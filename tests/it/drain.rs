@@ -60,6 +60,21 @@ async fn requests_beyond_the_drain_timeout_are_cut_off_with_exit_3() {
 }
 
 #[tokio::test]
+async fn each_connection_that_is_cut_off_is_told_with_its_peer() {
+    let args =
+        ["--drain-timeout", "300ms", "--processing-delay", "50s", "--request-timeout", "60s"];
+    let mut server = Process::start("sqlite::memory:", &args).await;
+    let mut peer = connect(server.api).await;
+    peer.write_all(b"GET /product HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
+    server.signal(Signal::TERM);
+    let line = server.logged("requests were cut off").await;
+    assert_eq!(line["requests"], 1);
+    assert_eq!(line["peer"], peer.local_addr().unwrap().to_string());
+    assert_eq!(server.exited().await.code(), Some(3));
+}
+
+#[tokio::test]
 async fn a_second_signal_ends_at_once() {
     let args = ["--processing-delay", "50s", "--request-timeout", "60s", "--drain-timeout", "60s"];
     let mut server = Process::start("sqlite::memory:", &args).await;
