@@ -105,7 +105,8 @@ impl Shutdown {
 }
 
 /// Cancelled when a connection is asked to go; in the extensions of its requests, so that streams
-/// without an end of their own can end. To clone a token takes its lock, and each request has one.
+/// without an end of their own can end. Shared, since to clone a token takes its lock, and each request
+/// has one.
 #[derive(Debug, Clone)]
 pub struct Leaving(pub Arc<CancellationToken>);
 

@@ -65,7 +65,7 @@ fn read_filter(text: &str) -> Result<EnvFilter, String> {
         };
         has_default |= target.is_none();
         let level = match level.parse::<LevelFilter>() {
-            Ok(level) if !directive.ends_with('=') => level.min(STATIC_MAX_LEVEL),
+            Ok(most) if !level.is_empty() => most.min(STATIC_MAX_LEVEL),
             _ => return Err(refused()),
         };
         all.push(target.map_or_else(|| level.to_string(), |target| format!("{target}={level}")));

@@ -34,7 +34,7 @@ pub(super) struct Template {
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Segment {
     Literal(&'static str),
-    /// `{name}`: one segment that is not empty.
+    /// `{name}`: one segment, which the router takes for empty only where another follows.
     Parameter,
     /// `{*name}`: all that is left, if that is not empty.
     Rest,
@@ -80,7 +80,7 @@ impl Template {
             };
             let fits = match segment {
                 Segment::Literal(literal) => given == *literal,
-                Segment::Parameter => !given.is_empty(),
+                Segment::Parameter => !given.is_empty() || after.is_some(),
                 Segment::Rest => return !left.is_empty(),
             };
             if !fits {
@@ -161,7 +161,24 @@ mod tests {
         prop::collection::vec(segment, 0..6).prop_map(|segments| format!("/{}", segments.join("/")))
     }
 
+    #[tokio::test]
+    async fn a_parameter_is_empty_where_the_routers_is() {
+        let (router, templates) = both();
+        for (path, template) in [
+            ("/orders//items", "/orders/{order_id}/items"),
+            ("/orders//items/x", "/orders/{order_id}/items/{item_id}"),
+            ("/orders//items/", "none"),
+            ("/orders//", "none"),
+            ("/orders/", "none"),
+        ] {
+            assert_eq!(of_axum(&router, path).await, template, "{path}");
+            assert_eq!(of_ours(&templates, path), template, "{path}");
+        }
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4096))]
+
         #[test]
         fn the_route_of_a_path_is_the_routers(path in paths()) {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
