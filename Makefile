@@ -73,5 +73,5 @@ bench-growth: bench-build
 # Needs Go, and of Debian: protobuf-compiler, nghttp2-client, wrk, curl.
 bench-build:
 	$(CARGO) build --release
-	cd bench && $(CARGO) build --release --bin bare_tonic --bin bare_axum --bin no_store
+	cd bench && $(CARGO) build --release --no-default-features --bin bare_tonic --bin bare_axum --bin no_store
 	bench/go/build.sh bench/target/peers

@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./measure.sh
-build --bin calls --bin allocations --bin place
+build --bin calls --bin allocations
+# With what the service has of its libraries, which the other layers add to.
+build --no-default-features --bin place
 
 allocations=$("$bin/allocations" && "$bin/place")
 bare_grpc=$(per_call calls bare grpc) bare_rest=$(per_call calls bare rest)

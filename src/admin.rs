@@ -19,7 +19,7 @@ use tower_http::compression::CompressionLayer;
 
 use self::scraped::Scraped;
 use crate::{
-    listener::ResponseLimit,
+    listener::Ending,
     store::{StoreHealth, StoreStatus},
 };
 
@@ -69,8 +69,8 @@ pub fn routes(admin: Admin) -> Router {
 }
 
 async fn limit_reading(request: Request) -> Request {
-    if let Some(limit) = request.extensions().get::<ResponseLimit>() {
-        limit.set(Instant::now() + READING);
+    if let Some(ending) = request.extensions().get::<Ending>() {
+        ending.set_limit(Instant::now() + READING);
     }
     request
 }

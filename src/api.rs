@@ -11,10 +11,10 @@ use tower::Layer as _;
 use crate::{
     config::Settings,
     grpc,
-    layers::{self, InFlight, ServedBy, UntilLeaving},
+    layers::{self, GrpcServices, InFlight, ServedBy, Stack, UntilLeaving},
     metrics::{
         Metrics, MetricsError,
-        layer::{Metered, MetricsLayer, Recording, Route},
+        layer::{Metered, MetricsLayer, Recording, Route, services},
     },
     orders::Orders,
     proto, rest,
@@ -37,7 +37,8 @@ const UNRECORDED: [&str; 3] = [
 pub struct Extra {
     /// The routes.
     pub routes: Router,
-    /// An encoded `FileDescriptorSet` of the gRPC services among them; may be empty.
+    /// An encoded `FileDescriptorSet` of the gRPC services among them; empty if there are none. A service
+    /// that is not in it is not served.
     pub descriptors: Vec<u8>,
     /// The HTTP routes among them.
     pub http: Vec<Route>,
@@ -46,7 +47,7 @@ pub struct Extra {
 /// The API, ready to be served.
 pub struct Api {
     /// All of it, under every layer.
-    pub service: Metered<Router>,
+    pub service: Metered<Stack<Router>>,
     /// Sets what health answers under [`HEALTH_NAMES`].
     pub health: HealthReporter,
 }
@@ -88,13 +89,17 @@ pub async fn build(
         .layer(UntilLeaving);
 
     let requests = Arc::new(metrics.requests.clone());
-    let stack = layers::stack(in_flight, settings.request_timeout, served_by, requests);
     let recording = Recording {
         descriptors: &[proto::DESCRIPTORS, &extra.descriptors],
         unrecorded: &UNRECORDED,
         routes: [rest::metered_routes(), extra.http].concat(),
     };
     let layer = MetricsLayer::new(&metrics.registry, recording)?;
+    let mut names = Vec::new();
+    for descriptors in descriptors.into_iter().chain([&*extra.descriptors]) {
+        names.extend(services(descriptors)?.into_iter().map(|(name, _)| name));
+    }
+    let services = GrpcServices::new(names);
     let router = Routes::new(grpc::service(orders.clone()))
         .into_axum_router()
         .merge(rest::routes(orders))
@@ -102,9 +107,8 @@ pub async fn build(
         .reset_fallback()
         .merge(streams.reset_fallback())
         .merge(extra.routes)
-        .fallback(layers::no_such_route)
-        // All in one, since every `Router::layer` boxes the request's future and body once more. It is
-        // the last call, so that the stack is around the fallback, too.
-        .layer(stack);
-    Ok(Api { service: layer.layer(router), health })
+        .fallback(layers::no_such_route);
+    let timeout = settings.request_timeout;
+    let stack = layers::stack(router, services, in_flight, timeout, served_by, requests);
+    Ok(Api { service: layer.layer(stack), health })
 }

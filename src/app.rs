@@ -13,7 +13,7 @@ use crate::{
     admin::{self, Admin, Stage},
     api::{self, Api, Extra},
     config::Settings,
-    layers::{InFlight, READING, ServedBy},
+    layers::{InFlight, READING, ServedBy, Stack},
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
     metrics::{ConnectionMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
@@ -153,7 +153,7 @@ impl ApiServer {
         socket: TcpListener,
         workers: Workers,
         tls: Option<Tls>,
-        service: Metered<Router>,
+        service: Metered<Stack<Router>>,
         settings: &Settings,
         metrics: &Metrics,
     ) -> Self {

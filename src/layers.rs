@@ -2,11 +2,11 @@
 //!
 //! [`stack`] is read top-down: a request enters by the first line and leaves by it.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::body::Body;
 use http::{HeaderMap, HeaderName, Request, Response, Version};
-use tower::{Layer, Service, ServiceBuilder};
+use tower::ServiceBuilder;
 
 use crate::{
     error::Error,
@@ -22,41 +22,43 @@ mod shed;
 mod speaks;
 mod until_leaving;
 
-use self::{
-    context::ContextLayer, deadline::DeadlineLayer, read_on::ReadOnLayer, recover::RecoverLayer,
-    shed::ShedLayer, speaks::SpeaksLayer,
-};
 pub use self::{
     context::ServedBy,
     deadline::{Deadline, READING},
     shed::InFlight,
+    speaks::GrpcServices,
     until_leaving::UntilLeaving,
+};
+use self::{
+    context::{ContextLayer, WithContext},
+    deadline::{DeadlineLayer, KeepDeadline},
+    read_on::{ReadOn, ReadOnLayer},
+    recover::{Recover, RecoverLayer},
+    shed::{Shed, ShedLayer},
+    speaks::{Speaks, SpeaksLayer},
 };
 
 /// The name under which a request is found in the logs of every system that it passed.
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The whole stack but for the metrics layer, which goes around it. To be applied with
-/// `Router::layer`, last, so that the route is known and fallbacks are covered.
+/// Routes under the stack.
+pub type Stack<S> = WithContext<Recover<Shed<KeepDeadline<ReadOn<Speaks<S>>>>>>;
+
+/// The whole stack but for the metrics layer, which goes around it. It goes around the router as that one
+/// does: `Router::layer` would clone the stack and box the request's future and body for each request.
 pub fn stack<S>(
+    routes: S,
+    services: GrpcServices,
     in_flight: InFlight,
     request_timeout: Duration,
     served_by: ServedBy,
     metrics: Arc<RequestMetrics>,
-) -> impl Layer<S, Service = impl ApiService> + Clone
-where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
-        + Clone
-        + Send
-        + Sync
-        + 'static,
-    S::Future: Send + 'static,
-{
+) -> Stack<S> {
     ServiceBuilder::new()
         // Names the request, and logs every failure of what is inside under that name.
-        .layer(ContextLayer::new(served_by, metrics.clone()))
+        .layer(ContextLayer::new(served_by, metrics))
         // Turns panics and the errors of the layers below into answers in the caller's protocol.
-        .layer(RecoverLayer::new(metrics))
+        .layer(RecoverLayer)
         // Before any work: whoever is one too many learns it at once.
         .layer(ShedLayer(in_flight))
         .layer(DeadlineLayer::new(request_timeout))
@@ -64,34 +66,8 @@ where
         // which are not to take any longer.
         .layer(ReadOnLayer)
         // gRPC on REST's routes, and the other way round.
-        .layer(SpeaksLayer)
-}
-
-/// The service that [`stack`] makes of a router's routes.
-pub trait ApiService:
-    Service<
-        Request<Body>,
-        Response = Response<recover::Recovered<shed::Held>>,
-        Error = Infallible,
-        Future: Send,
-    > + Clone
-    + Send
-    + Sync
-    + 'static
-{
-}
-
-impl<S> ApiService for S where
-    S: Service<
-            Request<Body>,
-            Response = Response<recover::Recovered<shed::Held>>,
-            Error = Infallible,
-            Future: Send,
-        > + Clone
-        + Send
-        + Sync
-        + 'static
-{
+        .layer(SpeaksLayer(services))
+        .service(routes)
 }
 
 /// Which protocol a request speaks.

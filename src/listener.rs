@@ -8,7 +8,10 @@ use std::{
     error::Error,
     io,
     net::{TcpListener as StdListener, TcpStream as StdStream},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -104,31 +107,60 @@ impl Shutdown {
     }
 }
 
-/// Cancelled when a connection is asked to go; in the extensions of its requests, so that streams
-/// without an end of their own can end. Shared, since to clone a token takes its lock, and each request
-/// has one.
-#[derive(Debug, Clone)]
-pub struct Leaving(pub Arc<CancellationToken>);
-
-/// When a response is cut off because its peer does not read it: hyper does not poll the body of such
-/// a response, so it cannot end by itself. In the extensions of each request; without a call of
-/// [`ResponseLimit::set`] there is no limit.
+/// What ends a request that does not end by itself; in its extensions. A clone is of the same request.
 #[derive(Debug, Clone, Default)]
-pub struct ResponseLimit(Arc<OnceLock<Instant>>);
+pub struct Ending(Arc<EndingShared>);
 
-impl ResponseLimit {
-    /// Sets the limit; the first call counts.
-    pub fn set(&self, at: Instant) {
-        let _ = self.0.set(at);
+#[derive(Debug, Default)]
+struct EndingShared {
+    /// Shared, since to clone a token takes its lock.
+    leaving: Arc<CancellationToken>,
+    limit: OnceLock<Instant>,
+    limit_holds: AtomicBool,
+}
+
+impl Ending {
+    fn new(leaving: Arc<CancellationToken>) -> Self {
+        let (limit, limit_holds) = Default::default();
+        Self(Arc::new(EndingShared { leaving, limit, limit_holds }))
     }
 
-    /// Whether it has passed: a response that is dropped before its end then was cut off.
-    pub fn has_passed(&self) -> bool {
-        self.get().is_some_and(|at| at <= Instant::now())
+    /// Cancelled when the connection is asked to go, so that streams without an end of their own can
+    /// end.
+    pub fn leaving(&self) -> CancellationToken {
+        CancellationToken::clone(&self.0.leaving)
     }
 
-    fn get(&self) -> Option<Instant> {
-        self.0.get().copied()
+    /// Sets when the request is cut off, above all because its peer does not read the response: hyper
+    /// does not poll the body of such a one, so it cannot end by itself. The first limit counts; without
+    /// one there is none.
+    pub fn set_limit(&self, at: Instant) {
+        self.set_response_limit(at);
+        self.hold_limit();
+    }
+
+    /// The same for a caller that sees to it that there is a response by then: most responses are written
+    /// as they come, and cost no timer.
+    pub fn set_response_limit(&self, at: Instant) {
+        let _ = self.0.limit.set(at);
+    }
+
+    /// Whether the limit has passed: a response that is dropped before its end then was cut off.
+    pub fn limit_has_passed(&self) -> bool {
+        self.limit().is_some_and(|at| at <= Instant::now())
+    }
+
+    fn limit(&self) -> Option<Instant> {
+        self.0.limit.get().copied()
+    }
+
+    /// From now on there is a response, or none is waited for.
+    fn hold_limit(&self) {
+        self.0.limit_holds.store(true, Ordering::Relaxed);
+    }
+
+    fn limit_holds(&self) -> bool {
+        self.0.limit_holds.load(Ordering::Relaxed)
     }
 }
 

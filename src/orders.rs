@@ -3,7 +3,7 @@
 //!
 //! Knows [`crate::order`], [`crate::store`] and [`crate::error`]; no tonic, no axum, no SQL.
 
-use std::{str::FromStr, time::Duration};
+use std::{str::FromStr, sync::Arc, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -71,7 +71,11 @@ pub struct Page {
 /// The use cases over one store. A clone is cheap; each holds the store's queue open, and the store
 /// ends once all are gone.
 #[derive(Debug, Clone)]
-pub struct Orders {
+pub struct Orders(Arc<Shared>);
+
+/// Shared, since axum clones a handler's state for each request.
+#[derive(Debug)]
+struct Shared {
     store: Store,
     processing_delay: Duration,
 }
@@ -79,7 +83,7 @@ pub struct Orders {
 impl Orders {
     /// Orders kept in `store`; each takes `processing_delay` of simulated work before it is queued.
     pub fn new(store: Store, processing_delay: Duration) -> Self {
-        Self { store, processing_delay }
+        Self(Arc::new(Shared { store, processing_delay }))
     }
 
     /// Places an order, or finds the one that its idempotency key has already placed.
@@ -89,14 +93,14 @@ impl Orders {
     /// `DeadlineExceeded`, `Internal`.
     pub async fn place(&self, order: PlaceOrder<'_>, deadline: Instant) -> Result<Placed, Error> {
         let mut new = order.check()?;
-        if !self.processing_delay.is_zero() {
-            let work = timeout_at(deadline, sleep(self.processing_delay)).await;
+        if !self.0.processing_delay.is_zero() {
+            let work = timeout_at(deadline, sleep(self.0.processing_delay)).await;
             work.map_err(|_| Error::DeadlineExceeded)?;
             // The id and the time are those of the order's queueing, close to its commit, so that
             // a page that was read is not joined later by an order that sorts into it.
             new.order = Order::new(new.order.product_id, new.order.quantity);
         }
-        Ok(self.store.place(new, deadline).await?)
+        Ok(self.0.store.place(new, deadline).await?)
     }
 
     /// Reads one order.
@@ -105,7 +109,7 @@ impl Orders {
     /// `NoSuchOrder`, also for a malformed id; `StoreUnavailable`, `DeadlineExceeded`, `Internal`.
     pub async fn get(&self, order_id: &str, deadline: Instant) -> Result<Order, Error> {
         let id = order_id.parse().map_err(|_| Error::NoSuchOrder)?;
-        self.store.get(id, deadline).await?.ok_or(Error::NoSuchOrder)
+        self.0.store.get(id, deadline).await?.ok_or(Error::NoSuchOrder)
     }
 
     /// Lists a page of orders, newest first (paging as in AIP-158).
@@ -122,7 +126,7 @@ impl Orders {
         let Some(size) = size.filter(|_| bad.is_empty()) else { return Err(Error::Invalid(bad)) };
 
         // One more than the page holds tells whether there is a next one.
-        let mut orders = self.store.list(before, size + 1, deadline).await?;
+        let mut orders = self.0.store.list(before, size + 1, deadline).await?;
         let more = orders.len() > size as usize;
         orders.truncate(size as usize);
         let next_page_token = match orders.last() {

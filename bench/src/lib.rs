@@ -10,7 +10,6 @@ use std::{
 };
 
 use axum::{Router, body::Body, routing::get};
-use axum_prometheus::PrometheusMetricLayer;
 use bytes::Bytes;
 use http::{Method, Request, Response, Version};
 use http_body::{Frame, SizeHint};
@@ -129,11 +128,14 @@ impl Side {
                 let layer = MetricsLayer::new(&registry, recording).expect("a new registry");
                 Self::Ours(layer.layer(routes().layer(own())), registry)
             }
+            #[cfg(feature = "layers")]
             "tonic_prometheus_layer" => {
                 Self::Plain(routes().layer((tonic_prometheus_layer::MetricsLayer::new(), own())))
             }
+            #[cfg(feature = "layers")]
             "axum-prometheus" => {
-                Self::Plain(routes().layer((PrometheusMetricLayer::pair().0, own())))
+                let layer = axum_prometheus::PrometheusMetricLayer::pair().0;
+                Self::Plain(routes().layer((layer, own())))
             }
             other => panic!("no side {other:?}"),
         }

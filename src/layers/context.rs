@@ -5,12 +5,13 @@ use std::{
     convert::Infallible,
     fmt::Display,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
 };
 
-use http::{HeaderName, HeaderValue, Method, Request, Response, Uri};
+use http::{Extensions, HeaderName, HeaderValue, Method, Request, Response, Uri};
 use pin_project_lite::pin_project;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Level;
@@ -20,6 +21,7 @@ use super::{X_REQUEST_ID, protocol};
 use crate::{
     error::Error,
     metrics::{Protocol, RequestMetrics},
+    wire,
 };
 
 const X_SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
@@ -29,17 +31,36 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// Longest id of a caller's that is kept, in bytes.
 const MAX_ID: usize = 128;
 
-/// The names by which logs know a request, in its extensions.
-#[derive(Debug, Clone)]
-pub(super) struct Names {
-    id: HeaderValue,
+/// What the layers and the log know of a request. In its extensions as one, since each value there is
+/// allocated by itself.
+#[derive(Debug)]
+pub(super) struct Call {
+    id: Id,
     /// Of the caller's trace.
     traceparent: Option<HeaderValue>,
+    pub(super) protocol: Protocol,
+    pub(super) method: Method,
+    uri: Uri,
+    /// When the answer is due: the deadline layer sets it, of every request that is not exempt.
+    pub(super) deadline: OnceLock<Instant>,
+    shared: Arc<Shared>,
 }
 
-impl Names {
+impl Call {
+    /// Of the request with these extensions.
+    pub(super) fn of(extensions: &Extensions) -> &Arc<Self> {
+        extensions.get().expect("the context layer is around the others and every handler")
+    }
+
+    pub(super) fn metrics(&self) -> &RequestMetrics {
+        &self.shared.metrics
+    }
+
     pub(super) fn request_id(&self) -> &str {
-        shown(Some(&self.id))
+        match &self.id {
+            Id::Given(id) => shown(Some(id)),
+            Id::Minted(id) => std::str::from_utf8(id).unwrap_or_default(),
+        }
     }
 
     /// Empty if the caller sent none.
@@ -86,8 +107,9 @@ impl<S> Layer<S> for ContextLayer {
     }
 }
 
+/// See the [module](self).
 #[derive(Debug, Clone)]
-pub(super) struct WithContext<S> {
+pub struct WithContext<S> {
     inner: S,
     shared: Arc<Shared>,
 }
@@ -105,65 +127,82 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let names = Names {
-            id: request_id(request.headers().get(X_REQUEST_ID)),
-            traceparent: request.headers().get(TRACEPARENT).cloned(),
-        };
-        request.extensions_mut().insert(names.clone());
-        let call = Call {
-            names,
-            protocol: protocol(request.headers()),
+        let headers = request.headers();
+        let call = Arc::new(Call {
+            id: Id::new(wire::first(headers, &X_REQUEST_ID)),
+            traceparent: wire::first(headers, &TRACEPARENT).cloned(),
+            protocol: protocol(headers),
             method: request.method().clone(),
             uri: request.uri().clone(),
-        };
+            deadline: OnceLock::new(),
+            shared: self.shared.clone(),
+        });
+        request.extensions_mut().insert(call.clone());
         // The span is for those who debug: to make one costs more than all of the stack. The line of
         // a failed request carries the same by itself.
         let span = tracing::debug_span!(
             "request",
-            request_id = call.names.request_id(),
-            traceparent = call.names.traceparent()
+            request_id = call.request_id(),
+            traceparent = call.traceparent()
         );
-        let inner = span.in_scope(|| self.inner.call(request));
-        ContextFuture { inner, span, call, shared: self.shared.clone() }
+        let inner = {
+            let _entered = span.enter();
+            self.inner.call(request)
+        };
+        ContextFuture { inner, span, call }
     }
 }
 
-/// The caller's, if it is one that can be logged, else a new one.
-fn request_id(given: Option<&HeaderValue>) -> HeaderValue {
-    let usable = |id: &&HeaderValue| {
-        (1..=MAX_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
-    };
-    let mut id = given.filter(usable).cloned().unwrap_or_else(|| {
-        let mut text = [0; uuid::fmt::Simple::LENGTH];
-        let text = Uuid::now_v7().simple().encode_lower(&mut text);
-        HeaderValue::from_str(text).expect("hexadecimal digits make a header value")
-    });
-    // HPACK is not to remember it (RFC 7541, section 7.1.3): no other response has the same, and each would
-    // push what recurs out of the tables of both ends.
-    id.set_sensitive(true);
-    id
+/// The id of a request.
+#[derive(Debug)]
+enum Id {
+    /// By the caller.
+    Given(HeaderValue),
+    /// Hexadecimal digits.
+    Minted([u8; uuid::fmt::Simple::LENGTH]),
+}
+
+impl Id {
+    /// The caller's, if it is one that can be logged, else a new one.
+    fn new(given: Option<&HeaderValue>) -> Self {
+        let usable = |id: &&HeaderValue| {
+            (1..=MAX_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+        };
+        given.filter(usable).map_or_else(
+            || {
+                let mut text = [0; uuid::fmt::Simple::LENGTH];
+                Uuid::new_v4().simple().encode_lower(&mut text);
+                Self::Minted(text)
+            },
+            |id| Self::Given(id.clone()),
+        )
+    }
+
+    fn to_header(&self) -> HeaderValue {
+        let mut value = match self {
+            Self::Given(id) => id.clone(),
+            Self::Minted(id) => {
+                HeaderValue::from_bytes(id).expect("hexadecimal digits make a header value")
+            }
+        };
+        // HPACK is not to remember it (RFC 7541, section 7.1.3): no other response has the same, and
+        // each would push what recurs out of the tables of both ends.
+        value.set_sensitive(true);
+        value
+    }
 }
 
 fn shown(value: Option<&HeaderValue>) -> &str {
     value.and_then(|value| value.to_str().ok()).unwrap_or_default()
 }
 
-/// What the log tells of a request.
-#[derive(Debug)]
-struct Call {
-    names: Names,
-    protocol: Protocol,
-    method: Method,
-    uri: Uri,
-}
-
 pin_project! {
-    pub(super) struct ContextFuture<F> {
+    /// A request that has its names.
+    pub struct ContextFuture<F> {
         #[pin]
         inner: F,
         span: tracing::Span,
-        call: Call,
-        shared: Arc<Shared>,
+        call: Arc<Call>,
     }
 }
 
@@ -177,10 +216,10 @@ where
         let this = self.project();
         let _entered = this.span.enter();
         let Ok(mut response) = ready!(this.inner.poll(cx));
-        record_failure(this.call, &response, &this.shared.metrics);
+        record_failure(this.call, &response);
         let headers = response.headers_mut();
-        headers.insert(X_REQUEST_ID, this.call.names.id.clone());
-        headers.insert(X_SERVED_BY, this.shared.served_by.0.clone());
+        headers.insert(X_REQUEST_ID, this.call.id.to_header());
+        headers.insert(X_SERVED_BY, this.call.shared.served_by.0.clone());
         Poll::Ready(Ok(response))
     }
 }
@@ -188,28 +227,28 @@ where
 /// One line for a failed request; a shed one is counted, too. Errors that come by the thousand while
 /// an outage or an overload lasts are for `debug`: their begin and end are logged where they are
 /// noticed, their number is in the metrics.
-fn record_failure<R>(call: &Call, response: &Response<R>, metrics: &RequestMetrics) {
+fn record_failure<R>(call: &Call, response: &Response<R>) {
     let extensions = response.extensions();
     if let Some(error) = extensions.get::<Arc<Error>>() {
-        return record_error(call, response.status().as_u16(), error, metrics);
+        return record_error(call, response.status().as_u16(), error);
     }
     let Some(status) = extensions.get::<Status>().filter(|status| status.code() != Code::Ok) else {
         return;
     };
     let source = std::error::Error::source(status).and_then(<dyn std::error::Error>::downcast_ref);
     match source {
-        Some(error) => record_error(call, format_args!("{:?}", status.code()), error, metrics),
+        Some(error) => record_error(call, format_args!("{:?}", status.code()), error),
         // tonic's own: a message that cannot be decoded, an unknown method.
         None => log(Level::INFO, call, format_args!("{:?}", status.code()), status.message()),
     }
 }
 
-fn record_error(call: &Call, code: impl Display, error: &Error, metrics: &RequestMetrics) {
+fn record_error(call: &Call, code: impl Display, error: &Error) {
     let level = match error {
         Error::Internal(_) => Level::ERROR,
         Error::DeadlineExceeded => Level::WARN,
         Error::Shed(reason) => {
-            metrics.shed(call.protocol, *reason).inc();
+            call.metrics().shed(call.protocol, *reason).inc();
             Level::DEBUG
         }
         Error::StoreUnavailable => Level::DEBUG,
@@ -225,8 +264,8 @@ fn log(level: Level, call: &Call, code: impl Display, cause: impl Display) {
     macro_rules! line {
         ($level:ident) => {
             tracing::$level!(
-                request_id = call.names.request_id(),
-                traceparent = call.names.traceparent(),
+                request_id = call.request_id(),
+                traceparent = call.traceparent(),
                 protocol = call.protocol.as_str(),
                 method = %call.method,
                 path = call.uri.path(),

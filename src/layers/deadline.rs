@@ -12,8 +12,8 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower::{Layer, Service};
 
-use super::{is_exempt, protocol};
-use crate::{error::Error, listener::ResponseLimit, metrics::Protocol, wire};
+use super::{context::Call, is_exempt};
+use crate::{error::Error, listener::Ending, metrics::Protocol, wire};
 
 /// How long after the deadline the layer answers for a handler that has not answered by itself. The
 /// store keeps the deadline too, and knows better what to answer: it gets the first word.
@@ -22,14 +22,14 @@ const GRACE: Duration = Duration::from_millis(10);
 /// How long after the deadline, or after it was shed, a peer may take to read its response.
 pub const READING: Duration = Duration::from_secs(5);
 
-/// When the answer is due; in the extensions of every request that is not exempt.
+/// When the answer to a request is due.
 #[derive(Debug, Clone, Copy)]
-pub struct Deadline(Instant);
+pub struct Deadline;
 
 impl Deadline {
-    /// The deadline of the request with these extensions.
+    /// That of the request with these extensions, which is not exempt.
     pub fn of(extensions: &Extensions) -> Instant {
-        extensions.get::<Self>().expect("the deadline layer is around every handler").0
+        *Call::of(extensions).deadline.get().expect("the deadline layer is around every handler")
     }
 }
 
@@ -52,8 +52,9 @@ impl<S> Layer<S> for DeadlineLayer {
     }
 }
 
+/// See the [module](self).
 #[derive(Debug, Clone)]
-pub(super) struct KeepDeadline<S> {
+pub struct KeepDeadline<S> {
     inner: S,
     request_timeout: Duration,
 }
@@ -70,30 +71,35 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
         if is_exempt(&request) {
-            return DeadlineFuture { inner: self.inner.call(request), expired: None };
+            return DeadlineFuture { inner: self.inner.call(request), due: None, expired: None };
         }
-        let asked = match protocol(request.headers()) {
+        let call = Call::of(request.extensions());
+        let asked = match call.protocol {
             Protocol::Grpc => wire::timeout(request.headers()),
             Protocol::Http => None,
         };
         let timeout = asked.map_or(self.request_timeout, |asked| asked.min(self.request_timeout));
         let now = Instant::now();
         let deadline = now + timeout;
-        if let Some(limit) = request.extensions().get::<ResponseLimit>() {
-            limit.set(now + self.request_timeout + READING);
+        if let Some(ending) = request.extensions().get::<Ending>() {
+            ending.set_response_limit(now + self.request_timeout + READING);
         }
-        request.extensions_mut().insert(Deadline(deadline));
-        let expired = Some(sleep_until(deadline + GRACE));
-        DeadlineFuture { inner: self.inner.call(request), expired }
+        // The request is new, and so is its call.
+        let _ = call.deadline.set(deadline);
+        let due = Some(deadline + GRACE);
+        DeadlineFuture { inner: self.inner.call(request), due, expired: None }
     }
 }
 
 pin_project! {
-    pub(super) struct DeadlineFuture<F> {
+    /// A request that is answered by its deadline.
+    pub struct DeadlineFuture<F> {
         #[pin]
         inner: F,
+        due: Option<Instant>,
+        // Made once the answer is waited for.
         #[pin]
         expired: Option<Sleep>,
     }
@@ -110,12 +116,12 @@ where
         if let Poll::Ready(answer) = this.inner.poll(cx) {
             return Poll::Ready(answer);
         }
-        match this.expired.as_pin_mut() {
-            Some(expired) => {
-                ready!(expired.poll(cx));
-                Poll::Ready(Err(Error::DeadlineExceeded))
-            }
-            None => Poll::Pending,
+        let Some(due) = *this.due else { return Poll::Pending };
+        let mut expired = this.expired;
+        if expired.is_none() {
+            expired.set(Some(sleep_until(due)));
         }
+        ready!(expired.as_pin_mut().expect("it was set at the latest just now").poll(cx));
+        Poll::Ready(Err(Error::DeadlineExceeded))
     }
 }

@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use axum::body::Body;
+use axum::{BoxError, body::Body};
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, Either};
 use http::{Request, Response, Version, header};
@@ -32,15 +32,18 @@ impl<S> Layer<S> for ReadOnLayer {
     }
 }
 
+/// See the [module](self).
 #[derive(Debug, Clone)]
-pub(super) struct ReadOn<S> {
+pub struct ReadOn<S> {
     inner: S,
 }
 
-impl<S> Service<Request<Body>> for ReadOn<S>
+impl<S, B> Service<Request<B>> for ReadOn<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Error>,
     S::Future: Send + 'static,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
 {
     type Response = Response<Body>;
     type Error = Error;
@@ -50,10 +53,13 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        if request.body().is_end_stream() {
+            return Either::Left(self.inner.call(request.map(|_| Body::empty())));
+        }
         // HTTP/2 has a code for it: a stream is reset without an error once its answer is sent.
-        if request.version() == Version::HTTP_2 || http_body::Body::is_end_stream(request.body()) {
-            return Either::Left(self.inner.call(request));
+        if request.version() == Version::HTTP_2 {
+            return Either::Left(self.inner.call(request.map(Body::new)));
         }
         // Who asks first sends nothing until the body is asked for.
         let waits = request.headers().contains_key(header::EXPECT);
@@ -75,13 +81,13 @@ where
 }
 
 /// What is left of a body.
-struct Rest {
-    inner: Body,
+struct Rest<B> {
+    inner: B,
     /// Bytes.
     read: usize,
 }
 
-impl Rest {
+impl<B: http_body::Body<Data = Bytes> + Unpin> Rest<B> {
     async fn read_on(mut self) {
         while self.read < MAX_READ {
             match self.inner.frame().await {
@@ -93,14 +99,14 @@ impl Rest {
 }
 
 /// A body that is handed back when it is dropped before its end.
-struct Lent {
+struct Lent<B> {
     /// `None` after the end.
-    rest: Option<Rest>,
+    rest: Option<Rest<B>>,
     /// `None` once it was handed back.
-    back: Option<oneshot::Sender<Rest>>,
+    back: Option<oneshot::Sender<Rest<B>>>,
 }
 
-impl Drop for Lent {
+impl<B> Drop for Lent<B> {
     fn drop(&mut self) {
         if let (Some(back), Some(rest)) = (self.back.take(), self.rest.take()) {
             // A request that was given up has nobody to hand it to.
@@ -109,14 +115,14 @@ impl Drop for Lent {
     }
 }
 
-impl http_body::Body for Lent {
+impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Lent<B> {
     type Data = Bytes;
-    type Error = axum::Error;
+    type Error = B::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(&mut rest.inner).poll_frame(cx));
         match &frame {

@@ -12,43 +12,30 @@ use std::{
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Method, Request, Response, header};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::Status;
 use tower::{Layer, Service};
 
-use super::{context::Names, protocol};
-use crate::{
-    error::Error,
-    listener::ResponseLimit,
-    metrics::{Protocol, RequestMetrics},
-    panics,
-};
+use super::context::Call;
+use crate::{error::Error, listener::Ending, metrics::Protocol, panics};
 
-#[derive(Debug, Clone)]
-pub(super) struct RecoverLayer {
-    metrics: Arc<RequestMetrics>,
-}
-
-impl RecoverLayer {
-    pub(super) fn new(metrics: Arc<RequestMetrics>) -> Self {
-        Self { metrics }
-    }
-}
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RecoverLayer;
 
 impl<S> Layer<S> for RecoverLayer {
     type Service = Recover<S>;
 
     fn layer(&self, inner: S) -> Recover<S> {
-        Recover { inner, metrics: self.metrics.clone() }
+        Recover { inner }
     }
 }
 
+/// See the [module](self).
 #[derive(Debug, Clone)]
-pub(super) struct Recover<S> {
+pub struct Recover<S> {
     inner: S,
-    metrics: Arc<RequestMetrics>,
 }
 
 impl<S, B, R> Service<Request<B>> for Recover<S>
@@ -66,10 +53,9 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let protocol = protocol(request.headers());
-        let names = request.extensions().get::<Names>().cloned();
-        let limit = request.extensions().get::<ResponseLimit>().cloned();
-        let watch = Watch { protocol, names, limit, metrics: self.metrics.clone() };
+        let call = Call::of(request.extensions()).clone();
+        let ending = request.extensions().get::<Ending>().cloned();
+        let watch = Watch { call, ending };
         // A handler may panic before there is a future of it.
         match watch.run(|| self.inner.call(request)) {
             Ok(inner) => RecoverFuture::Called { inner, watch: Some(watch) },
@@ -82,33 +68,36 @@ where
 /// context layer with the cause that the error carries.
 #[derive(Debug)]
 struct Watch {
-    protocol: Protocol,
-    names: Option<Names>,
-    limit: Option<ResponseLimit>,
-    metrics: Arc<RequestMetrics>,
+    call: Arc<Call>,
+    ending: Option<Ending>,
 }
 
 impl Watch {
-    /// A panicking piece is never run again, so that no state it left half-done is seen.
+    /// A future or a body that panicked is not polled again, and the layers keep nothing from one call to
+    /// the next, so that no state left half-done is seen.
     fn run<T>(&self, piece: impl FnOnce() -> T) -> Result<T, Error> {
         panics::contained(|| catch_unwind(AssertUnwindSafe(piece))).map_err(|panic| {
-            self.metrics.panics(self.protocol).inc();
+            self.call.metrics().panics(self.call.protocol).inc();
             Error::Internal(panic)
         })
     }
 
-    fn request_id(&self) -> &str {
-        self.names.as_ref().map(Names::request_id).unwrap_or_default()
-    }
-
-    fn traceparent(&self) -> &str {
-        self.names.as_ref().map(Names::traceparent).unwrap_or_default()
+    /// An answer that no route made. To HEAD it has no body, as axum sees to for its routes.
+    fn answer(&self, error: Error) -> Response<Body> {
+        let mut answer = error.into_answer(self.call.protocol);
+        if self.call.method == Method::HEAD {
+            let length = http_body::Body::size_hint(answer.body()).exact().unwrap_or_default();
+            answer.headers_mut().insert(header::CONTENT_LENGTH, length.into());
+            *answer.body_mut() = Body::empty();
+        }
+        answer
     }
 }
 
 pin_project! {
     #[project = RecoverProjection]
-    pub(super) enum RecoverFuture<F> {
+    /// A request that is answered even if it panics.
+    pub enum RecoverFuture<F> {
         Called { #[pin] inner: F, watch: Option<Watch> },
         Panicked { error: Option<Error>, watch: Option<Watch> },
     }
@@ -136,8 +125,7 @@ where
                 (Err(error.take().expect(ONCE)), watch.take().expect(ONCE))
             }
         };
-        let response =
-            result.unwrap_or_else(|error| error.into_answer(watch.protocol).map(R::from));
+        let response = result.unwrap_or_else(|error| watch.answer(error).map(R::from));
         Poll::Ready(Ok(response.map(|inner| Recovered { inner, watch, over: false })))
     }
 }
@@ -153,11 +141,11 @@ pin_project! {
 
     impl<B> PinnedDrop for Recovered<B> {
         fn drop(this: Pin<&mut Self>) {
-            let Watch { limit, .. } = &this.watch;
-            if !this.over && limit.as_ref().is_some_and(ResponseLimit::has_passed) {
+            let Watch { ending, .. } = &this.watch;
+            if !this.over && ending.as_ref().is_some_and(Ending::limit_has_passed) {
                 tracing::info!(
-                    request_id = this.watch.request_id(),
-                    traceparent = this.watch.traceparent(),
+                    request_id = this.watch.call.request_id(),
+                    traceparent = this.watch.call.traceparent(),
                     "a response was cut off: its peer did not read it in time"
                 );
             }
@@ -196,12 +184,12 @@ where
         };
         *this.over = true;
         tracing::error!(
-            request_id = this.watch.request_id(),
-            traceparent = this.watch.traceparent(),
+            request_id = this.watch.call.request_id(),
+            traceparent = this.watch.call.traceparent(),
             cause = error.cause().unwrap_or_default(),
             "a response broke off"
         );
-        Poll::Ready(Some(match this.watch.protocol {
+        Poll::Ready(Some(match this.watch.call.protocol {
             Protocol::Grpc => Ok(Frame::trailers(trailers(error))),
             Protocol::Http => Err(axum::Error::new(error)),
         }))

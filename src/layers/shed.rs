@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use tower::{Layer, Service};
 
 use super::{deadline::READING, is_exempt};
-use crate::{error::Error, listener::ResponseLimit, metrics::ShedReason};
+use crate::{error::Error, listener::Ending, metrics::ShedReason};
 
 /// The limit of requests in flight, and how many there are.
 #[derive(Debug, Clone)]
@@ -90,8 +90,9 @@ impl<S> Layer<S> for ShedLayer {
     }
 }
 
+/// See the [module](self).
 #[derive(Debug, Clone)]
-pub(super) struct Shed<S> {
+pub struct Shed<S> {
     inner: S,
     in_flight: InFlight,
 }
@@ -116,8 +117,8 @@ where
                 Ok(permit) => Some(permit),
                 Err(error) => {
                     // The deadline layer, which limits all others, does not see it.
-                    if let Some(limit) = request.extensions().get::<ResponseLimit>() {
-                        limit.set(Instant::now() + READING);
+                    if let Some(ending) = request.extensions().get::<Ending>() {
+                        ending.set_limit(Instant::now() + READING);
                     }
                     return ShedFuture::Refused { error: Some(error) };
                 }
@@ -129,7 +130,8 @@ where
 
 pin_project! {
     #[project = ShedProjection]
-    pub(super) enum ShedFuture<F> {
+    /// A request that was let in, or not.
+    pub enum ShedFuture<F> {
         Entered { #[pin] inner: F, permit: Option<Permit> },
         Refused { error: Option<Error> },
     }

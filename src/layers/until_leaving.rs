@@ -12,11 +12,11 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use pin_project_lite::pin_project;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use crate::listener::Leaving;
+use crate::listener::Ending;
 
 /// For routes whose responses end when their connection is asked to go, with `UNAVAILABLE`, which
 /// gRPC clients take as advice to connect anew.
@@ -51,14 +51,14 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let leaving = request.extensions().get::<Leaving>().cloned();
+        let ending = request.extensions().get::<Ending>().cloned();
         let response = self.inner.call(request);
         Box::pin(async move {
             let response = response.await?;
-            Ok(match leaving {
-                Some(Leaving(leaving)) => response.map(|inner| {
-                    let leaving = CancellationToken::clone(&leaving).cancelled_owned();
-                    Body::new(Ending { inner, leaving, over: false })
+            Ok(match ending {
+                Some(ending) => response.map(|inner| {
+                    let leaving = ending.leaving().cancelled_owned();
+                    Body::new(EndingBody { inner, leaving, over: false })
                 }),
                 None => response,
             })
@@ -67,7 +67,7 @@ where
 }
 
 pin_project! {
-    struct Ending {
+    struct EndingBody {
         #[pin]
         inner: Body,
         #[pin]
@@ -76,7 +76,7 @@ pin_project! {
     }
 }
 
-impl http_body::Body for Ending {
+impl http_body::Body for EndingBody {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -1,8 +1,8 @@
 //! One connection, from the handshake to its end.
 
 use std::{
-    convert::Infallible, error::Error, future::poll_fn, net::SocketAddr, pin::pin, sync::Arc,
-    task::Poll,
+    cell::RefCell, convert::Infallible, error::Error, future::poll_fn, net::SocketAddr, pin::pin,
+    sync::Arc, task::Poll,
 };
 
 use bytes::Bytes;
@@ -150,7 +150,7 @@ async fn serve<I, S, B>(
     let io = TokioIo::new(Watched::new(stream, state.clone()));
     let streams = Streams { state: state.clone(), tracker: shared.tracker.clone() };
     let builder = builder(streams, shared.limits.keep_alive);
-    let requests = Requests { inner: service, state: state.clone() };
+    let requests = Requests { inner: RefCell::new(service), state: state.clone() };
     let mut connection = pin!(builder.serve_connection(io, requests));
     let mut plan = Plan::new(shared.limits, state.clone());
     plan.follow(*phase.borrow_and_update());

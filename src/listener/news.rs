@@ -87,6 +87,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn every_news_wakes_the_task_that_waits() {
+        let (sender, Shutdown { phase, kill, .. }) = Shutdown::new();
+        let mut news = news(phase, kill.clone());
+        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            for _ in 0..3 {
+                told.send(news.next().await.unwrap()).unwrap();
+            }
+        });
+        for phase in [Phase::Leaving { until: Instant::now() }, Phase::Stopping] {
+            tokio::task::yield_now().await;
+            sender.send(phase).unwrap();
+            assert_eq!(heard.recv().await, Some(News::Phase(phase)));
+        }
+        tokio::task::yield_now().await;
+        kill.cancel();
+        assert_eq!(heard.recv().await, Some(News::Kill));
+    }
+
+    #[tokio::test]
     async fn a_sender_that_is_gone_stops_all_once() {
         let (sender, Shutdown { phase, kill, .. }) = Shutdown::new();
         let mut news = news(phase, kill);

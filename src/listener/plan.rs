@@ -12,7 +12,7 @@ use rand::RngExt as _;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Limits, Phase, ResponseLimit, requests::InFlight};
+use super::{Ending, Limits, Phase, requests::InFlight};
 
 /// When all is to stop: how long a connection without a request in flight may take to notice, or to
 /// send what is on its way. An HTTP/1 client that asks more often than this learns by a response that
@@ -31,7 +31,7 @@ pub(super) struct State {
     /// Whether responses of HTTP/1 are to say `connection: close`.
     closing: AtomicBool,
     write_blocked: AtomicBool,
-    /// See [`Leaving`](super::Leaving).
+    /// See [`Ending::leaving`].
     pub(super) leaving: Arc<CancellationToken>,
     now: Mutex<Now>,
 }
@@ -50,28 +50,28 @@ struct Now {
     idle_since: Since,
     /// When the first bytes of a head came that has not yet arrived whole: HTTP/1 only.
     head_since: Since,
-    /// The limit of the last request.
-    limit: Option<ResponseLimit>,
+    /// Of the last request.
+    ending: Option<Ending>,
 }
 
-/// Since when something lasts. The clock is read where a turn of the connection ends, and only if it
-/// still lasts then: of most requests the whole head comes by one read.
+/// Since when something lasts. The clock is read where a turn of the connection ends, and only for what
+/// still lasts then and is to end some time: of most requests the whole head comes by one read.
 #[derive(Debug, Clone, Copy)]
 enum Since {
     Not,
-    ThisTurn,
+    Undated,
     At(Instant),
 }
 
 impl Since {
     fn begins(&mut self) {
         if matches!(self, Self::Not) {
-            *self = Self::ThisTurn;
+            *self = Self::Undated;
         }
     }
 
-    fn end_of_turn(&mut self) {
-        if matches!(self, Self::ThisTurn) {
+    fn date(&mut self) {
+        if matches!(self, Self::Undated) {
             *self = Self::At(Instant::now());
         }
     }
@@ -79,7 +79,7 @@ impl Since {
     fn at(self) -> Option<Instant> {
         match self {
             Self::At(at) => Some(at),
-            Self::Not | Self::ThisTurn => None,
+            Self::Not | Self::Undated => None,
         }
     }
 }
@@ -91,9 +91,9 @@ impl State {
             http1: None,
             asked: false,
             in_flight: 0,
-            idle_since: Since::ThisTurn,
+            idle_since: Since::Undated,
             head_since: Since::Not,
-            limit: None,
+            ending: None,
         };
         Self {
             closing: AtomicBool::new(false),
@@ -132,13 +132,13 @@ impl State {
         self.write_blocked.load(Ordering::Relaxed)
     }
 
-    pub(super) fn request_came(self: &Arc<Self>, http1: bool, limit: ResponseLimit) -> InFlight {
+    pub(super) fn request_came(self: &Arc<Self>, http1: bool, ending: Ending) -> InFlight {
         let mut now = self.now();
         now.http1 = Some(http1);
         now.asked = true;
         now.in_flight += 1;
         (now.idle_since, now.head_since) = (Since::Not, Since::Not);
-        now.limit = Some(limit);
+        now.ending = Some(ending);
         InFlight(self.clone())
     }
 
@@ -155,8 +155,8 @@ impl State {
         self.now().in_flight
     }
 
-    pub(super) fn take_limit(&self) -> Option<ResponseLimit> {
-        self.now().limit.take()
+    pub(super) fn take_ending(&self) -> Option<Ending> {
+        self.now().ending.take()
     }
 
     pub(super) fn is_closing(&self) -> bool {
@@ -238,14 +238,16 @@ impl Plan {
         self.turn_ended().unwrap_or_else(|| Instant::now() + RARELY)
     }
 
-    /// Dates what began in this turn of the connection and still lasts, without which nothing of it is
-    /// ever due; gives when to look again, if anything is due at all.
+    /// Dates what has begun and still lasts, without which nothing of it is ever due; gives when to look again, if anything is due at all.
     pub(super) fn turn_ended(&self) -> Option<Instant> {
         let mut now = self.state.now();
-        now.idle_since.end_of_turn();
-        now.head_since.end_of_turn();
+        // Of a connection that may be idle as long as it likes, only once it is to end.
+        if self.stopping || self.max_idle.is_some() {
+            now.idle_since.date();
+        }
+        now.head_since.date();
         let ends = [self.too_late(&now), self.unread(&now), self.idle(&now), self.last_words(&now)];
-        ends.into_iter().chain([self.leave, self.close]).flatten().min()
+        ends.into_iter().fold(sooner(self.leave, self.close), sooner)
     }
 
     /// By when the first request, or a head that has begun, must have arrived.
@@ -258,8 +260,8 @@ impl Plan {
     /// By when an HTTP/1 response must have been read; HTTP/2's streams have timers of their own.
     fn unread(&self, now: &Now) -> Option<Instant> {
         let pending = now.in_flight > 0 || self.state.is_write_blocked();
-        let limit = if pending && now.http1 == Some(true) { now.limit.as_ref() } else { None };
-        limit.and_then(ResponseLimit::get)
+        let ending = if pending && now.http1 == Some(true) { now.ending.as_ref() } else { None };
+        ending.and_then(Ending::limit)
     }
 
     /// By when an idle connection must have asked again.
@@ -317,6 +319,13 @@ impl Plan {
             return Act::GoAway;
         }
         Act::Nothing
+    }
+}
+
+fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
     }
 }
 

@@ -2,6 +2,7 @@
 //! off when their peer does not read.
 
 use std::{
+    cell::RefCell,
     convert::Infallible,
     pin::Pin,
     sync::Arc,
@@ -15,13 +16,10 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
-use tokio_util::{
-    sync::{CancellationToken, WaitForCancellationFutureOwned},
-    task::TaskTracker,
-};
+use tokio_util::{sync::WaitForCancellationFutureOwned, task::TaskTracker};
 use tower::Service;
 
-use super::{Leaving, ResponseLimit, plan::State};
+use super::{Ending, plan::State};
 
 /// How long the peer of a stream without a limit may take to read its last messages, once the
 /// connection was asked to go.
@@ -29,26 +27,28 @@ const LAST_MESSAGES: Duration = Duration::from_secs(5);
 
 /// The service of one connection.
 pub(super) struct Requests<S> {
-    pub(super) inner: S,
+    /// Borrowed for a call of its `call` alone. To clone it for each request would count the references of
+    /// all its layers, which every thread shares.
+    pub(super) inner: RefCell<S>,
     pub(super) state: Arc<State>,
 }
 
 impl<S, B> hyper::service::Service<Request<Incoming>> for Requests<S>
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
 {
     type Response = Response<Counted<B>>;
     type Error = Infallible;
     type Future = RequestFuture<S::Future>;
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        let limit = ResponseLimit::default();
+        let ending = Ending::new(self.state.leaving.clone());
         let http1 = request.version() != Version::HTTP_2;
-        let counted = self.state.request_came(http1, limit.clone());
-        request.extensions_mut().insert(limit);
-        request.extensions_mut().insert(Leaving(self.state.leaving.clone()));
+        let counted = self.state.request_came(http1, ending.clone());
+        request.extensions_mut().insert(ending.clone());
         // Ready without being asked: the services here shed rather than wait.
-        RequestFuture { inner: self.inner.clone().call(request), http1, counted: Some(counted) }
+        let inner = self.inner.borrow_mut().call(request);
+        RequestFuture { inner, http1, ending, counted: Some(counted) }
     }
 }
 
@@ -67,6 +67,7 @@ pin_project! {
         #[pin]
         inner: F,
         http1: bool,
+        ending: Ending,
         counted: Option<InFlight>,
     }
 }
@@ -80,6 +81,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let Ok(mut response) = ready!(this.inner.poll(cx));
+        this.ending.hold_limit();
         let counted = this.counted.take();
         if *this.http1 && counted.as_ref().is_some_and(|counted| counted.0.is_closing()) {
             let close = HeaderValue::from_static("close");
@@ -119,7 +121,7 @@ impl<B: Body<Data = Bytes>> Body for Counted<B> {
 }
 
 /// Runs the streams of an HTTP/2 connection. hyper calls the service and hands its stream to this one
-/// right after: the last limit made is that stream's.
+/// right after: the last request that came is that stream's.
 #[derive(Clone)]
 pub(super) struct Streams {
     pub(super) state: Arc<State>,
@@ -131,9 +133,9 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        let limit = self.state.take_limit();
-        let state = self.state.clone();
-        self.tracker.spawn(Limited { inner: stream, limit, state, left: None, timer: None });
+        let ending = self.state.take_ending();
+        let ending = ending.unwrap_or_else(|| Ending::new(self.state.leaving.clone()));
+        self.tracker.spawn(Limited { inner: stream, ending, left: None, timer: None });
     }
 }
 
@@ -144,8 +146,7 @@ pin_project! {
     struct Limited<F> {
         #[pin]
         inner: F,
-        limit: Option<ResponseLimit>,
-        state: Arc<State>,
+        ending: Ending,
         #[pin]
         left: Option<WaitForCancellationFutureOwned>,
         #[pin]
@@ -162,20 +163,18 @@ impl<F: Future> Future for Limited<F> {
             return Poll::Ready(());
         }
         if this.timer.is_none() {
-            let limit = this.limit.as_ref().and_then(ResponseLimit::get);
-            let at = match limit {
+            let ending = this.ending;
+            let at = match ending.limit() {
+                Some(_) if !ending.limit_holds() => return Poll::Pending,
                 Some(at) => at,
                 None => {
                     if this.left.is_none() {
-                        let leaving = CancellationToken::clone(&this.state.leaving);
-                        this.left.set(Some(leaving.cancelled_owned()));
+                        this.left.set(Some(ending.leaving().cancelled_owned()));
                     }
                     let left = this.left.as_mut().as_pin_mut().expect("it was set just now");
                     ready!(left.poll(cx));
                     let at = Instant::now() + LAST_MESSAGES;
-                    if let Some(limit) = this.limit {
-                        limit.set(at);
-                    }
+                    ending.set_limit(at);
                     at
                 }
             };

@@ -29,7 +29,12 @@ mod received;
 mod routes;
 mod table;
 
-pub use self::{body::Recorded, received::Received, routes::Route, table::UNMATCHED};
+pub use self::{
+    body::Recorded,
+    received::Received,
+    routes::Route,
+    table::{UNMATCHED, services},
+};
 
 /// What a layer records.
 #[derive(Debug, Clone)]
@@ -93,7 +98,9 @@ where
         let received = guard.as_ref().and_then(Guard::grpc).map(|call| call.received.clone());
         let request = request.map(|body| Received::new(body, received));
         // A panic in the call itself drops the guard, too.
-        let inner = Guard::polling(&mut guard, || self.inner.call(request));
+        Guard::set_polling(&mut guard, true);
+        let inner = self.inner.call(request);
+        Guard::set_polling(&mut guard, false);
         RecordFuture { inner, guard }
     }
 }
@@ -117,7 +124,10 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let result = ready!(Guard::polling(this.guard, || this.inner.poll(cx)));
+        Guard::set_polling(this.guard, true);
+        let polled = this.inner.poll(cx);
+        Guard::set_polling(this.guard, false);
+        let result = ready!(polled);
         let guard = this.guard.take();
         Poll::Ready(match result {
             Ok(response) => Ok(Recorded::of(response, guard)),

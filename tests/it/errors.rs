@@ -192,9 +192,37 @@ async fn what_is_not_there_is_not_found() {
             problem(response, 404).await;
         }
     }
-    for path in ["/", "/nowhere", "/product/", "/orders/", "/orders/x/y", "/orders.v1.Other/Place"]
-    {
+    for path in [
+        "/",
+        "/nowhere",
+        "/product/",
+        "/orders/",
+        "/orders/x/y",
+        "/orders.v1.Other/Place",
+        "/orders.v1.OrderService",
+        "/orders.v1.OrderService/",
+    ] {
         problem(reqwest::get(server.url(path)).await.unwrap(), 404).await;
+    }
+}
+
+#[tokio::test]
+async fn head_of_a_grpc_method_is_refused_as_get_is_but_without_the_body() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let http2 = Client::builder().http2_prior_knowledge().build().unwrap();
+    for client in [Client::new(), http2] {
+        let url = server.url("/orders.v1.OrderService/Place");
+        let get = client.get(&url).send().await.unwrap();
+        let head = client.head(&url).send().await.unwrap();
+        assert_eq!((get.status().as_u16(), head.status().as_u16()), (415, 415));
+        for header in ["content-type", "content-length"] {
+            assert_eq!(get.headers().get(header), head.headers().get(header), "{header}");
+        }
+        assert_eq!(head.bytes().await.unwrap(), "");
+        problem(get, 415).await;
+        // The connection goes on with the next request.
+        let get = client.get(server.url("/product")).send().await.unwrap();
+        assert_eq!(get.text().await.unwrap(), "Order placed!");
     }
 }
 
@@ -259,14 +287,22 @@ async fn too_many_in_flight_are_shed_with_advice_to_retry() {
     let seconds: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
     assert!((1..5).contains(&seconds));
     problem(response, 503).await;
+    let http2 = Client::builder().http2_prior_knowledge().build().unwrap();
+    for client in [Client::new(), http2] {
+        let response = client.head(server.url("/orders")).send().await.unwrap();
+        assert_eq!(
+            (response.status(), response.bytes().await.unwrap().len()),
+            (503.try_into().unwrap(), 0)
+        );
+    }
     // Health is never shed.
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel(server.api).await);
     health.check(tonic_health::pb::HealthCheckRequest::default()).await.unwrap();
 
     held.abort();
     let page = scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 0.0).await;
-    for protocol in ["protocol=\"grpc\"", "protocol=\"http\""] {
-        assert_eq!(page.value("requests_shed_total", &[protocol, "reason=\"in_flight\""]), 1.0);
+    for (protocol, shed) in [("protocol=\"grpc\"", 1.0), ("protocol=\"http\"", 3.0)] {
+        assert_eq!(page.value("requests_shed_total", &[protocol, "reason=\"in_flight\""]), shed);
     }
     assert_eq!(page.value("product_order_total", &[]), 0.0);
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_prost::ProstCodec;
+use tracing::{Dispatch, dispatcher::DefaultGuard, subscriber::NoSubscriber};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::{
@@ -29,10 +30,13 @@ const ONE_THREAD: [&str; 2] = ["--worker-threads", "1"];
 struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl Log {
-    /// Logs as the program does, with this `RUST_LOG`.
-    fn capture(&self, filter: &str) -> tracing::subscriber::DefaultGuard {
+    /// Logs as the program does, with this `RUST_LOG`, for as long as what it returns lives.
+    fn capture(&self, filter: &str) -> (Dispatch, DefaultGuard) {
+        // Of a subscriber that is the only one tracing asks whether anybody wants a line on the thread that
+        // comes to it first, once for all threads. On another test's thread nobody does.
+        let silent = Dispatch::new(NoSubscriber::default());
         let subscriber = logs::subscriber(LogFormat::Json, Some(filter), self.clone()).unwrap();
-        tracing::subscriber::set_default(subscriber)
+        (silent, tracing::subscriber::set_default(subscriber))
     }
 
     /// The lines of one request.

@@ -21,7 +21,7 @@ fn plan(max_idle: Option<Duration>) -> (Plan, Arc<State>) {
 #[test]
 fn an_old_connection_with_nothing_due_is_let_alone() {
     let (mut plan, state) = plan(None);
-    drop(state.request_came(true, ResponseLimit::default()));
+    drop(state.request_came(true, Ending::default()));
     plan.begun -= Duration::from_secs(2 * 86_400);
     assert_eq!(plan.turn_ended(), None);
     assert!(matches!(plan.act(), Act::Nothing));
@@ -30,14 +30,14 @@ fn an_old_connection_with_nothing_due_is_let_alone() {
 #[test]
 fn a_head_counts_from_the_turn_that_brought_its_first_byte() {
     let (plan, state) = plan(None);
-    drop(state.request_came(true, ResponseLimit::default()));
+    drop(state.request_came(true, Ending::default()));
     state.bytes_came(b"G");
     let due = plan.turn_ended().unwrap();
     assert!(due > Instant::now());
     state.bytes_came(b"E");
     assert_eq!(plan.turn_ended(), Some(due));
     // It came whole.
-    let _in_flight = state.request_came(true, ResponseLimit::default());
+    let _in_flight = state.request_came(true, Ending::default());
     assert_eq!(plan.turn_ended(), None);
 }
 
@@ -45,7 +45,7 @@ fn a_head_counts_from_the_turn_that_brought_its_first_byte() {
 fn idle_is_who_has_no_request_left_and_from_the_end_of_that_turn() {
     let hour = Duration::from_secs(3600);
     let (mut plan, state) = plan(Some(hour));
-    let requests = [(); 2].map(|()| state.request_came(false, ResponseLimit::default()));
+    let requests = [(); 2].map(|()| state.request_came(false, Ending::default()));
     let [first, second] = requests;
     drop(first);
     assert_eq!(plan.turn_ended(), None);
@@ -53,16 +53,31 @@ fn idle_is_who_has_no_request_left_and_from_the_end_of_that_turn() {
     assert!(plan.turn_ended().unwrap() > Instant::now() + hour - Duration::from_secs(60));
     // What comes and goes within a turn begins it anew.
     let before = plan.turn_ended();
-    drop(state.request_came(false, ResponseLimit::default()));
+    drop(state.request_came(false, Ending::default()));
     assert!(plan.turn_ended() > before);
     // With the end of all the time for last words begins where a request ended late.
     plan.follow(Phase::Stopping);
     plan.stopping_since -= hour;
     plan.leave = None;
-    let last = state.request_came(false, ResponseLimit::default());
+    let last = state.request_came(false, Ending::default());
     assert_eq!(plan.turn_ended(), None);
     drop(last);
     assert!(plan.turn_ended().is_some_and(|due| due > Instant::now()));
+}
+
+#[test]
+fn who_may_be_idle_for_good_ends_after_the_last_words() {
+    let (mut plan, state) = plan(None);
+    drop(state.request_came(false, Ending::default()));
+    assert_eq!(plan.turn_ended(), None);
+    plan.follow(Phase::Stopping);
+    plan.leave = None;
+    let due = plan.turn_ended().unwrap();
+    assert!(due > Instant::now() && due <= Instant::now() + LAST_WORDS);
+    assert_eq!(plan.turn_ended(), Some(due));
+    plan.stopping_since -= LAST_WORDS;
+    state.now().idle_since = Since::At(plan.stopping_since);
+    assert!(matches!(plan.act(), Act::Close));
 }
 
 #[test]

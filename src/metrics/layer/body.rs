@@ -60,7 +60,10 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
-        let frame = ready!(Guard::polling(this.guard, || this.inner.as_mut().poll_frame(cx)));
+        Guard::set_polling(this.guard, true);
+        let polled = this.inner.as_mut().poll_frame(cx);
+        Guard::set_polling(this.guard, false);
+        let frame = ready!(polled);
         let Some(guard) = this.guard.as_ref() else { return Poll::Ready(frame) };
         let ended = match &frame {
             Some(Ok(frame)) => match frame.data_ref() {

@@ -85,16 +85,12 @@ impl Guard {
         })
     }
 
-    /// Runs code of the inner service, so that a panic in it is known from a cancellation.
-    pub(super) fn polling<T>(guard: &mut Option<Self>, inner: impl FnOnce() -> T) -> T {
+    /// Code of the inner service begins or ends to run, so that a panic in it is known from a
+    /// cancellation.
+    pub(super) fn set_polling(guard: &mut Option<Self>, polling: bool) {
         if let Some(guard) = guard {
-            guard.polling = true;
+            guard.polling = polling;
         }
-        let result = inner();
-        if let Some(guard) = guard {
-            guard.polling = false;
-        }
-        result
     }
 
     /// The head of the response has come.

@@ -3,7 +3,7 @@
 use http::Method;
 use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec, Opts, Registry};
 use prost::Message as _;
-use prost_types::{FileDescriptorSet, MethodDescriptorProto};
+use prost_types::{FileDescriptorSet, MethodDescriptorProto, ServiceDescriptorProto};
 
 use super::{
     super::{MetricsError, PROTOCOLS, child, registered},
@@ -104,10 +104,12 @@ impl Table {
         let families = GrpcFamilies::new()?;
         let mut grpc = Vec::new();
         for descriptors in recording.descriptors {
-            for (service, method) in methods(descriptors)? {
-                let path = format!("/{service}/{}", method.name());
-                let labels = [kind(&method), &service, method.name()];
-                grpc.push((path, GrpcHandles::new(&families, labels)?));
+            for (name, service) in services(descriptors)? {
+                for method in &service.method {
+                    let path = format!("/{name}/{}", method.name());
+                    let labels = [kind(method), &name, method.name()];
+                    grpc.push((path, GrpcHandles::new(&families, labels)?));
+                }
             }
         }
         grpc.push((String::new(), GrpcHandles::new(&families, ["unary", OTHER, OTHER])?));
@@ -227,20 +229,23 @@ impl HttpRoute {
     }
 }
 
-/// The methods of all services in an encoded `FileDescriptorSet`, with their service's full name.
-fn methods(descriptors: &[u8]) -> Result<Vec<(String, MethodDescriptorProto)>, MetricsError> {
+/// The services in an encoded `FileDescriptorSet`, with their full names.
+///
+/// # Errors
+/// If it is none.
+pub fn services(descriptors: &[u8]) -> Result<Vec<(String, ServiceDescriptorProto)>, MetricsError> {
     let set = FileDescriptorSet::decode(descriptors)?;
-    let mut methods = Vec::new();
-    for file in set.file {
-        for service in &file.service {
+    let mut services = Vec::new();
+    for mut file in set.file {
+        for service in std::mem::take(&mut file.service) {
             let name = match file.package() {
                 "" => service.name().to_owned(),
                 package => format!("{package}.{}", service.name()),
             };
-            methods.extend(service.method.iter().map(|method| (name.clone(), method.clone())));
+            services.push((name, service));
         }
     }
-    Ok(methods)
+    Ok(services)
 }
 
 fn kind(method: &MethodDescriptorProto) -> &'static str {
