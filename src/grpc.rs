@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    layers::Deadline,
+    layers::deadline_of,
     order,
     orders::{ListOrders, Orders, PlaceOrder},
     proto::{
@@ -62,7 +62,7 @@ impl OrderService for Grpc {
 }
 
 fn deadline<T>(request: &Request<T>) -> Instant {
-    Deadline::of(request.extensions())
+    deadline_of(request.extensions())
 }
 
 impl From<order::Order> for Order {

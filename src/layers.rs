@@ -24,7 +24,7 @@ mod until_leaving;
 
 pub use self::{
     context::ServedBy,
-    deadline::{Deadline, READING},
+    deadline::{READING, deadline_of},
     shed::InFlight,
     speaks::GrpcServices,
     until_leaving::UntilLeaving,

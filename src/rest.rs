@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::{
     error::{BadField, Error},
-    layers::Deadline,
+    layers::deadline_of,
     metrics::layer::Route,
     order::{Order, Placed},
     orders::{ListOrders, Orders, Page, PlaceOrder, RawNumber},
@@ -79,7 +79,7 @@ async fn place_by_query(
         quantity: quantity.map(|text| text.parse().map_err(|_| text.into_owned())),
         idempotency_key: &idempotency_key(request.headers()),
     };
-    let placed = orders.place(order, Deadline::of(request.extensions())).await?;
+    let placed = orders.place(order, deadline_of(request.extensions())).await?;
 
     let mut response = "Order placed!".into_response();
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
@@ -96,7 +96,7 @@ async fn place_by_body(State(orders): State<Orders>, request: Request) -> Result
         quantity: asked.quantity,
         idempotency_key: &idempotency_key(&parts.headers),
     };
-    let placed = orders.place(order, Deadline::of(&parts.extensions)).await?;
+    let placed = orders.place(order, deadline_of(&parts.extensions)).await?;
 
     let mut headers = HeaderMap::new();
     describe(&placed, &mut headers);
@@ -112,7 +112,7 @@ async fn read(
 ) -> Result<Json<OrderJson>, Error> {
     // axum refuses what is no UTF-8 once it is decoded; that, too, is no id.
     let Path(order_id) = order_id.map_err(|_| Error::NoSuchOrder)?;
-    let order = orders.get(&order_id, Deadline::of(request.extensions())).await?;
+    let order = orders.get(&order_id, deadline_of(request.extensions())).await?;
     Ok(Json(order.into()))
 }
 
@@ -129,7 +129,7 @@ async fn list(
         page_size: page_size.filter(|text| !text.is_empty()).map_or(Ok(0), number),
         page_token: &page_token.unwrap_or_default(),
     };
-    let page = orders.list(list, Deadline::of(request.extensions())).await?;
+    let page = orders.list(list, deadline_of(request.extensions())).await?;
     Ok(Json(page.into()))
 }
 

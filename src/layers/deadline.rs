@@ -22,15 +22,9 @@ const GRACE: Duration = Duration::from_millis(10);
 /// How long after the deadline, or after it was shed, a peer may take to read its response.
 pub const READING: Duration = Duration::from_secs(5);
 
-/// When the answer to a request is due.
-#[derive(Debug, Clone, Copy)]
-pub struct Deadline;
-
-impl Deadline {
-    /// That of the request with these extensions, which is not exempt.
-    pub fn of(extensions: &Extensions) -> Instant {
-        *Call::of(extensions).deadline.get().expect("the deadline layer is around every handler")
-    }
+/// When the answer is due to the request with these extensions, which is not exempt.
+pub fn deadline_of(extensions: &Extensions) -> Instant {
+    *Call::of(extensions).deadline.get().expect("the deadline layer is around every handler")
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -27,7 +27,7 @@ const LAST_MESSAGES: Duration = Duration::from_secs(5);
 
 /// The service of one connection.
 pub(super) struct Requests<S> {
-    /// Borrowed for a call of its `call` alone. To clone it for each request would count the references of
+    /// Borrowed while its `call` runs. To clone it for each request would count the references of
     /// all its layers, which every thread shares.
     pub(super) inner: RefCell<S>,
     pub(super) state: Arc<State>,

@@ -207,26 +207,6 @@ async fn what_is_not_there_is_not_found() {
 }
 
 #[tokio::test]
-async fn head_of_a_grpc_method_is_refused_as_get_is_but_without_the_body() {
-    let server = Process::start("sqlite::memory:", &[]).await;
-    let http2 = Client::builder().http2_prior_knowledge().build().unwrap();
-    for client in [Client::new(), http2] {
-        let url = server.url("/orders.v1.OrderService/Place");
-        let get = client.get(&url).send().await.unwrap();
-        let head = client.head(&url).send().await.unwrap();
-        assert_eq!((get.status().as_u16(), head.status().as_u16()), (415, 415));
-        for header in ["content-type", "content-length"] {
-            assert_eq!(get.headers().get(header), head.headers().get(header), "{header}");
-        }
-        assert_eq!(head.bytes().await.unwrap(), "");
-        problem(get, 415).await;
-        // The connection goes on with the next request.
-        let get = client.get(server.url("/product")).send().await.unwrap();
-        assert_eq!(get.text().await.unwrap(), "Order placed!");
-    }
-}
-
-#[tokio::test]
 async fn another_method_is_405_and_head_places_nothing() {
     let server = Process::start("sqlite::memory:", &[]).await;
     let client = Client::new();

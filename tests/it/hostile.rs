@@ -62,6 +62,27 @@ async fn grpc_by_another_method_or_over_http_1_places_nothing() {
 }
 
 #[tokio::test]
+async fn head_of_a_grpc_method_is_refused_as_get_is_but_without_the_body() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let http2 = Client::builder().http2_prior_knowledge().build().unwrap();
+    for client in [Client::new(), http2] {
+        let url = server.url(PLACE);
+        let get = client.get(&url).send().await.unwrap();
+        let head = client.head(&url).send().await.unwrap();
+        assert_eq!((get.status().as_u16(), head.status().as_u16()), (415, 415));
+        for header in ["content-type", "content-length"] {
+            assert_eq!(get.headers().get(header), head.headers().get(header), "{header}");
+        }
+        assert_eq!(head.bytes().await.unwrap(), "");
+        let problem: Value = get.json().await.unwrap();
+        assert_eq!(problem["status"], 415);
+        // The connection goes on with the next request.
+        let get = client.get(server.url("/product")).send().await.unwrap();
+        assert_eq!(get.text().await.unwrap(), "Order placed!");
+    }
+}
+
+#[tokio::test]
 async fn an_early_answer_reaches_a_client_that_sends_all_of_a_large_body_first() {
     let server = Process::start("sqlite::memory:", &[]).await;
     const LENGTH: usize = 6_000_000;
