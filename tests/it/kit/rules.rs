@@ -52,6 +52,24 @@ async fn the_unit_tests_of_the_rules_pass() {
     }
 }
 
+/// The unit tests would not tell: their series rise steadily, and so have one rate in every window.
+#[test]
+fn what_is_recorded_over_several_windows_differs_in_nothing_else() {
+    let rules = rules("prometheus/rules/recording.yml");
+    for name in ["namespace:requests:rate", "namespace:requests_failed:ratio_rate"] {
+        let over = |window: &str| {
+            let record = format!("{name}{window}");
+            let mut found = rules.iter().filter(|rule| rule["record"] == *record);
+            let query = found.next().unwrap_or_else(|| panic!("no {record}"))["expr"].as_str();
+            query.unwrap().to_owned()
+        };
+        let shortest = over("5m");
+        for window in ["30m", "1h", "6h"] {
+            assert_eq!(over(window), shortest.replace("5m", window), "{name}{window}");
+        }
+    }
+}
+
 #[test]
 fn every_alert_is_tested_firing_and_quiet() {
     let tests = yaml("prometheus/tests/alerts.yml");
