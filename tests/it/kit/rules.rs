@@ -165,6 +165,7 @@ fn every_selector_of_the_rules_names_the_job() {
                 "requests_",
                 "request_",
                 "order_store_",
+                "log_lines_",
                 "up{",
             ];
             for selector in query.split(['(', ' ', '\n']).filter(|word| word.contains('{')) {
