@@ -13,7 +13,7 @@ from panels import (
 )
 from queries import (
     CHOSEN, DEPLOYMENT, EXACT, GRPC_FAULTS, HPA, KEDA, PODS, READY, WHOLE,
-    by_replica, gauge, of_this_service, quantile, rate, ratio, targets, total,
+    by_replica, gauge, internal_faults, of_this_service, quantile, rate, ratio, targets, total,
 )
 
 HTTP, GRPC = "http_requests_total_with_path", "grpc_server_handled_total"
@@ -108,10 +108,12 @@ def tutorial():
 
 
 def calls():
-    grpc_faults = total(rate(GRPC, f'grpc_code=~"{GRPC_FAULTS}"'))
+    faults_by_code = total(rate(GRPC, f'grpc_code=~"{GRPC_FAULTS}"'))
+    grpc_faults = f"({faults_by_code} + {internal_faults()})"
     http_faults = total(rate(HTTP, 'code=~"5.."'))
-    grpc_callers = total(rate(GRPC, f'grpc_code!~"OK|{GRPC_FAULTS}"'))
+    grpc_failed = total(rate(GRPC, 'grpc_code!="OK"'))
     http_callers = total(rate(HTTP, 'code=~"4.."'))
+    malformed = total(rate("requests_malformed_total"))
     quantiles = []
     for percent in (50, 90, 99):
         q = percent / 100
@@ -136,11 +138,16 @@ def calls():
         panel(
             "Error ratio", "percentunit",
             "Calls that failed, of all. The service's fault: shed, timed out, store unavailable or a bug. "
-            "The caller's: invalid, not found, cancelled and the like.",
+            "The caller's: invalid, not found, cancelled and the like. Malformed requests, which could not "
+            "be decoded, are the caller's, although gRPC answers them with INTERNAL.",
             ("the service's fault", ratio(f"({grpc_faults} + {http_faults})", ALL_CALLS)),
-            ("the caller's", ratio(f"({grpc_callers} + {http_callers})", ALL_CALLS)),
+            ("the caller's", ratio(f"({grpc_failed} - {grpc_faults} + {http_callers})", ALL_CALLS)),
+            ("malformed", ratio(malformed, ALL_CALLS)),
             width=12, height=10, limits=[(0.001, YELLOW), (0.01, RED)], max=1,
-            overrides=[colour("the service's fault", RED), colour("the caller's", GREY)],
+            overrides=[
+                colour("the service's fault", RED), colour("the caller's", GREY),
+                dashed("malformed", PURPLE),
+            ],
         ),
         panel(
             "Latency by method", "s",
@@ -162,6 +169,7 @@ def saturation():
     commit = rate("order_store_commit_duration_seconds_bucket")
     batch = "order_store_batch_orders"
     accepted, refused = "accepted per second", "refused per second: {{reason}}"
+    aborted = "aborted per second: {{reason}}"
     return [
         panel(
             "Requests in flight", "short",
@@ -174,18 +182,20 @@ def saturation():
         ),
         panel(
             "Shed calls", "reqps",
-            "Requests refused at once: too many in flight, or the store's queue full. For long: raise "
-            "the maximum of replicas, or look at the database.",
+            "Requests refused at once: too many in flight, the store's queue full, or all of its readers "
+            "busy. For long: raise the maximum of replicas, or look at the database.",
             ("{{protocol}} {{reason}}", total(rate("requests_shed_total"), "protocol, reason")),
             width=6, limits=[(1, RED)],
         ),
         panel(
             "Connections", "short",
-            "Open API connections, and how many per second are accepted and refused. Much the same "
-            "number accepted as calls made: clients connect for each call.",
+            "Open API connections, and how many per second are accepted, refused, and aborted by the "
+            "HTTP layer for what their peers did. Much the same number accepted as calls made: clients "
+            "connect for each call.",
             ("open", total(gauge("connections_open"))),
             (accepted, total(rate("connections_accepted_total"))),
             (refused, f"{total(rate('connections_refused_total'), 'reason')} > 0"),
+            (aborted, f"{total(rate('connections_aborted_total'), 'reason')} > 0"),
             width=6, overrides=[colour("open", BLUE), colour(accepted, GREEN)],
         ),
         panel(
@@ -255,20 +265,27 @@ def process():
         ),
         panel(
             "Threads", "none", "Threads, by replica.",
-            ("{{replica}}", by_replica(threads)), decimals=0,
+            ("{{replica}}", by_replica(threads)), width=6, decimals=0,
+        ),
+        panel(
+            "Log lines dropped", "cps",
+            "Log lines that were lost, by replica: the log could not be written, or not fast enough. "
+            "No request waits for it.",
+            ("{{replica}}", by_replica(rate("log_lines_dropped_total"))),
+            width=6, limits=[(1, YELLOW)],
         ),
         panel(
             "Restarts", "none",
             "In the last 5 minutes: processes that began anew in their place, as Prometheus saw it; and "
             "restarts of containers as Kubernetes counts them, those that never served included (needs kube-state-metrics).",
             ("seen by Prometheus", total(in_place)), ("counted by Kubernetes", total(restarts)),
-            limits=[(1, RED)], custom={"drawStyle": "bars", "fillOpacity": 60}, decimals=0,
+            width=6, limits=[(1, RED)], custom={"drawStyle": "bars", "fillOpacity": 60}, decimals=0,
             overrides=[colour("seen by Prometheus", ORANGE), colour("counted by Kubernetes", RED)],
         ),
         panel(
             "Build versions", "none",
             "Replicas by version and revision: two at once is a roll-out under way.",
-            ("{{version}} {{revision}}", builds), custom={**STEPS, **STACKED}, decimals=0,
+            ("{{version}} {{revision}}", builds), width=6, custom={**STEPS, **STACKED}, decimals=0,
         ),
     ]
 

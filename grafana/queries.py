@@ -20,7 +20,8 @@ PODS = 'namespace=~"$namespace", pod=~"$pod", pod=~"order-service-[a-z0-9]{6,10}
 KEDA = 'scaledObject="order-service", metric=~"s0-.+"'
 
 # Codes that blame the service: what a caller may retry or report. All others but OK blame the caller.
-GRPC_FAULTS = "Unknown|DeadlineExceeded|ResourceExhausted|Internal|Unavailable|DataLoss"
+# `Internal` blames the service unless the request was malformed, see `internal_faults`.
+GRPC_FAULTS = "Unknown|DeadlineExceeded|ResourceExhausted|Unavailable|DataLoss"
 
 # Every new order of the last five minutes, those of replicas younger than that included: `increase`
 # never counts what a series is born with.
@@ -48,6 +49,13 @@ READY = f"sum(kube_deployment_status_replicas_ready{{{DEPLOYMENT}}}) or sum({tar
 def rate(metric, *matchers, which=CHOSEN):
     """Per second, of each series."""
     return f"rate({metric}{{{', '.join((*matchers, which))}}}[$__rate_interval])"
+
+
+def internal_faults():
+    """gRPC calls that ended as INTERNAL, without the malformed ones: as in prometheus/rules."""
+    internal = rate("grpc_server_handled_total", 'grpc_code="Internal"')
+    malformed = rate("requests_malformed_total", 'protocol="grpc"')
+    return f"sum(clamp_min(sum by (namespace) ({internal} or -{malformed}), 0))"
 
 
 def gauge(metric):

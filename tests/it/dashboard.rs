@@ -57,6 +57,7 @@ impl Loaded {
             loaded._load.spawn(grpc_calls(server.grpc().await));
             loaded._load.spawn(http_calls(server.url("")));
             loaded._load.spawn(silent_connections(server.api));
+            loaded._load.spawn(broken_connections(server.api));
             loaded.servers.push(server);
             loaded._dirs.push(dir);
         }
@@ -100,6 +101,21 @@ async fn silent_connections(api: std::net::SocketAddr) {
     loop {
         if let Ok(mut silent) = TcpStream::connect(api).await {
             let _ = silent.read_to_end(&mut Vec::new()).await;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Connections that the HTTP layer ends: DATA on stream 0 is an error of the whole connection
+/// (RFC 9113, 6.1).
+async fn broken_connections(api: std::net::SocketAddr) {
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let data = [0; 9];
+    let sent = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &settings, &data].concat();
+    loop {
+        if let Ok(mut broken) = TcpStream::connect(api).await {
+            let _ = broken.write_all(&sent).await;
+            let _ = broken.read_to_end(&mut Vec::new()).await;
         }
         tokio::time::sleep(PAUSE).await;
     }

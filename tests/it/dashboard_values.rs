@@ -179,3 +179,52 @@ async fn a_chosen_pod_is_held_against_all_of_them() {
     let pods = chosen(&query("Number of Pods", "ready"), "a");
     expect(&series, &pods, "9m", Some(1.0)).await;
 }
+
+#[tokio::test]
+#[ignore = "needs promtool; run by make test"]
+async fn a_malformed_request_is_the_callers_fault_and_hides_no_other() {
+    let grpc = |code: &str| {
+        format!(
+            r#"grpc_server_handled_total{{namespace="orders",job="order-service",instance="a",grpc_code="{code}"}}"#
+        )
+    };
+    let http = |code: &str| {
+        format!(
+            r#"http_requests_total_with_path{{namespace="orders",job="order-service",instance="a",code="{code}"}}"#
+        )
+    };
+    let malformed = |namespace: &str, protocol: &str| {
+        format!(
+            r#"requests_malformed_total{{namespace="{namespace}",job="order-service",instance="a",protocol="{protocol}"}}"#
+        )
+    };
+    // Of 100 calls each scrape 10 are malformed, 20 hit a bug, 5 meet no store and 15 are invalid.
+    let calls = [
+        (grpc("OK"), "0+40x60"),
+        (grpc("Internal"), "0+25x60"),
+        (grpc("Unavailable"), "0+5x60"),
+        (grpc("InvalidArgument"), "0+15x60"),
+        (http("200"), "0+10x60"),
+        (http("400"), "0+5x60"),
+        (http("503"), "0x60"),
+    ];
+    let malformed = [
+        (malformed("orders", "grpc"), "0+5x60"),
+        (malformed("orders", "http"), "0+5x60"),
+        (malformed("staging", "grpc"), "0+50x60"),
+    ];
+    let service = chosen(&query("Error ratio", "the service's fault"), ".*");
+    let callers = chosen(&query("Error ratio", "the caller's"), ".*");
+    let counted = query("Error ratio", "malformed");
+    let counted = interpolated(&counted, &[("namespace", "orders"), ALL[1], ALL[2], ALL[3]]);
+    let all: Vec<_> =
+        calls.iter().chain(&malformed).map(|(series, values)| (series.as_str(), *values)).collect();
+    for (query, ratio) in [(&service, 0.25), (&callers, 0.25), (&counted, 0.1)] {
+        expect(&all, &format!("round({query}, 0.001)"), "4m", Some(ratio)).await;
+    }
+    // A replica that does not count them: each INTERNAL is taken for a bug.
+    let older = &all[..calls.len()];
+    for (query, ratio) in [(&service, 0.3), (&callers, 0.2)] {
+        expect(older, &format!("round({query}, 0.001)"), "4m", Some(ratio)).await;
+    }
+}
