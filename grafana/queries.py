@@ -53,7 +53,8 @@ def rate(metric, *matchers, which=CHOSEN):
 
 def internal_faults():
     """gRPC calls that ended as INTERNAL, without the malformed ones: as in prometheus/rules."""
-    internal = rate("grpc_server_handled_total", 'grpc_code="Internal"')
+    codes = 'grpc_code=~"Internal|Unimplemented"', 'grpc_method!="other"'
+    internal = rate("grpc_server_handled_total", *codes)
     malformed = rate("requests_malformed_total", 'protocol="grpc"')
     return f"sum(clamp_min(sum by (namespace) ({internal} or -{malformed}), 0))"
 

@@ -2,31 +2,40 @@
 //!
 //! Knows the registry and the store's health, nothing of orders.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
-    Router,
+    Extension, Router,
     body::{Body, to_bytes},
     extract::{Request, State},
-    middleware::{Next, from_fn, from_fn_with_state, map_request},
+    middleware::{Next, from_fn_with_state, map_request},
     response::{IntoResponse, Response},
     routing::get,
 };
+use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode, header};
-use prometheus::{Registry, TextEncoder};
-use tokio::{runtime::Handle, sync::watch, time::Instant};
+use prometheus::Registry;
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+    time::Instant,
+};
 use tower_http::compression::CompressionLayer;
 
-use self::scraped::Scraped;
+use self::{page::Pages, scraped::Scraped};
 use crate::{
     listener::Ending,
     store::{StoreHealth, StoreStatus},
 };
 
+mod page;
 mod scraped;
 
 /// How long a client may take to read a response.
 const READING: Duration = Duration::from_secs(15);
+
+/// Scrapes in work at a time.
+const SCRAPES: usize = 4;
 
 /// How far the process is between its start and its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +65,10 @@ pub struct Admin {
 
 /// `/metrics`, `/livez`, `/readyz`, and `/` that lists them.
 pub fn routes(admin: Admin) -> Router {
-    let metrics = get(metrics).layer(CompressionLayer::new().gzip(true)).layer(from_fn(aside));
+    let metrics = get(metrics)
+        .layer(CompressionLayer::new().gzip(true))
+        .layer(from_fn_with_state(Arc::new(Semaphore::new(SCRAPES)), off_runtime))
+        .layer(from_fn_with_state(Pages::new(admin.registry.clone()), render));
     let scraped = from_fn_with_state(admin.clone(), note_final_scrape);
     Router::new()
         .route("/metrics", metrics.layer(scraped).fallback(only_reads))
@@ -80,9 +92,29 @@ async fn only_reads() -> Response {
     (StatusCode::METHOD_NOT_ALLOWED, allow, "expected GET or HEAD\n").into_response()
 }
 
-/// Writes and compresses a page off the runtime's threads, which have requests to serve: either takes
-/// about a millisecond.
-async fn aside(request: Request, next: Next) -> Response {
+/// Renders the page before it waits for its turn, so that all scrapes that wait share one rendering.
+async fn render(State(pages): State<Pages>, mut request: Request, next: Next) -> Response {
+    match pages.render().await {
+        Ok(page) => {
+            request.extensions_mut().insert(Page(page));
+            next.run(request).await
+        }
+        Err(error) => cannot_write(&error),
+    }
+}
+
+/// A rendered page, in the extensions of its request.
+#[derive(Debug, Clone)]
+struct Page(Bytes);
+
+/// Compresses a page off the runtime's threads, which have requests to serve: it takes about a
+/// millisecond. A scrape too many waits for its turn.
+async fn off_runtime(
+    State(turns): State<Arc<Semaphore>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let _turn = turns.acquire().await.expect("nobody closes it");
     let runtime = Handle::current();
     let page = async {
         let (head, body) = next.run(request).await.into_parts();
@@ -96,15 +128,9 @@ async fn aside(request: Request, next: Next) -> Response {
     }
 }
 
-/// The page in the text format 0.0.4.
-async fn metrics(State(admin): State<Admin>) -> Response {
-    match TextEncoder::new().encode_to_string(&admin.registry.gather()) {
-        Ok(page) => {
-            let format = HeaderValue::from_static(prometheus::TEXT_FORMAT);
-            ([(header::CONTENT_TYPE, format)], page).into_response()
-        }
-        Err(error) => cannot_write(&error),
-    }
+async fn metrics(Extension(Page(page)): Extension<Page>) -> Response {
+    let format = HeaderValue::from_static(prometheus::TEXT_FORMAT);
+    ([(header::CONTENT_TYPE, format)], page).into_response()
 }
 
 fn cannot_write(error: &dyn std::error::Error) -> Response {

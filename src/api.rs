@@ -1,17 +1,17 @@
 //! The API's router: both protocols' routes, health and reflection, under the one stack of layers
 //! and the one metrics layer.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::Router;
 use tonic::service::Routes;
-use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::Layer as _;
 
 use crate::{
     config::Settings,
     grpc,
-    layers::{self, GrpcServices, InFlight, ServedBy, Stack, UntilLeaving},
+    health::{self, HealthReporter},
+    layers::{self, GrpcServices, InFlight, ServedBy, Stack, StreamLimits, UntilLeaving},
     metrics::{
         Metrics, MetricsError,
         layer::{Metered, MetricsLayer, Recording, Route, services},
@@ -21,15 +21,20 @@ use crate::{
     store::Store,
 };
 
-/// The names under which health answers: the process, and the service.
-pub const HEALTH_NAMES: [&str; 2] = ["", "orders.v1.OrderService"];
-
 /// Probes and tools, not business.
 const UNRECORDED: [&str; 3] = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
 ];
+
+/// Longest query of reflection, in bytes: the name of a symbol or a file.
+const MAX_QUERY: usize = 4 * 1024;
+
+/// How long a stream of reflection may last without a query, and in all. Tools ask all they want to
+/// know at once.
+const REFLECTION: StreamLimits =
+    StreamLimits { idle: Duration::from_secs(10), total: Duration::from_secs(60) };
 
 /// Further routes on the API's port and what the metrics layer must know of them. The program has
 /// none; tests bring streams and panics.
@@ -48,7 +53,7 @@ pub struct Extra {
 pub struct Api {
     /// All of it, under every layer.
     pub service: Metered<Stack<Router>>,
-    /// Sets what health answers under [`HEALTH_NAMES`].
+    /// Sets what health answers.
     pub health: HealthReporter,
 }
 
@@ -56,7 +61,7 @@ pub struct Api {
 ///
 /// # Errors
 /// If the metrics layer cannot be made.
-pub async fn build(
+pub fn build(
     settings: &Settings,
     store: Store,
     in_flight: InFlight,
@@ -65,16 +70,15 @@ pub async fn build(
     extra: Extra,
 ) -> Result<Api, MetricsError> {
     let orders = Orders::new(store, settings.processing_delay);
-    let (health, health_service) = tonic_health::server::health_reporter();
-    for name in HEALTH_NAMES {
-        health.set_service_status(name, ServingStatus::Serving).await;
-    }
+    let (health, health_service) = health::service();
     // Each version lists both.
     let descriptors = [
         proto::DESCRIPTORS,
         tonic_health::pb::FILE_DESCRIPTOR_SET,
         tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
         tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+        // The details of our errors, which grpcurl prints by their types.
+        tonic_types::pb::FILE_DESCRIPTOR_SET,
     ];
     let reflection = || {
         let builder =
@@ -82,11 +86,14 @@ pub async fn build(
         descriptors.iter().fold(builder, |b, set| b.register_encoded_file_descriptor_set(set))
     };
     const VALID: &str = "the build made the descriptors";
-    let streams = Routes::new(health_service)
-        .add_service(reflection().build_v1().expect(VALID))
-        .add_service(reflection().build_v1alpha().expect(VALID))
-        .into_axum_router()
-        .layer(UntilLeaving);
+    let v1 = reflection().build_v1().expect(VALID).max_decoding_message_size(MAX_QUERY);
+    let v1alpha = reflection().build_v1alpha().expect(VALID).max_decoding_message_size(MAX_QUERY);
+    let health_routes = Routes::new(health_service).into_axum_router();
+    let reflection_routes = Routes::new(v1).add_service(v1alpha).into_axum_router();
+    let streams = health_routes
+        .layer(UntilLeaving::new())
+        .reset_fallback()
+        .merge(reflection_routes.layer(UntilLeaving::with_limits(REFLECTION)).reset_fallback());
 
     let requests = Arc::new(metrics.requests.clone());
     let recording = Recording {
@@ -105,7 +112,7 @@ pub async fn build(
         .merge(rest::routes(orders))
         // tonic's routers answer every unknown path as gRPC; the one fallback set last is used.
         .reset_fallback()
-        .merge(streams.reset_fallback())
+        .merge(streams)
         .merge(extra.routes)
         .fallback(layers::no_such_route);
     let timeout = settings.request_timeout;

@@ -13,8 +13,9 @@ use crate::{
     admin::{self, Admin, Stage},
     api::{self, Api, Extra},
     config::Settings,
-    layers::{InFlight, READING, ServedBy, Stack},
-    listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
+    health::HealthReporter,
+    layers::{InFlight, ServedBy, Stack},
+    listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown, Tls},
     metrics::{ConnectionMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
     workers::Workers,
@@ -35,6 +36,8 @@ pub struct Inputs {
     pub served_by: ServedBy,
     /// Which source the program was built from.
     pub revision: &'static str,
+    /// How many files the process may have open.
+    pub open_files: u64,
     /// When to end, and when to end at once.
     pub signals: Signals,
 }
@@ -62,11 +65,12 @@ pub enum Ended {
 /// # Errors
 /// If the store cannot be opened, or a listener or the store's writers end by themselves.
 pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::Result<Ended> {
-    let Inputs { api, admin, tls, served_by, revision, signals } = inputs;
+    let Inputs { api, admin, tls, served_by, revision, open_files, signals } = inputs;
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), revision)?;
     let threads =
         settings.worker_threads.or_else(|| thread::available_parallelism().ok().map(NonZero::get));
-    let workers = Workers::start(threads.unwrap_or(1)).context("the worker threads")?;
+    let threads = threads.unwrap_or(1);
+    let workers = Workers::start(threads).context("the worker threads")?;
     metrics.watch_runtimes(workers.runtimes().cloned())?;
     let store_health = StoreHealth::new();
     let stage = watch::Sender::new(Stage::Starting);
@@ -109,9 +113,9 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
     metrics.requests.in_flight_limit.set(settings.max_in_flight.try_into().unwrap_or(i64::MAX));
     let Api { service, health } =
         api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
-            .await
             .context("the API's metrics")?;
-    let api = ApiServer::start(api, workers.clone(), tls, service, settings, &metrics);
+    let limits = api_limits(settings, open_files, threads);
+    let api = ApiServer::start(api, workers.clone(), tls, service, limits, &metrics);
     stage.send_replace(Stage::Serving);
     let (api_address, admin_address) = addresses;
     tracing::info!(
@@ -131,7 +135,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
 /// Everything that is to be ended, in the order of [`drain`].
 struct Running {
     stage: watch::Sender<Stage>,
-    health: tonic_health::server::HealthReporter,
+    health: HealthReporter,
     in_flight: InFlight,
     api: ApiServer,
     /// `None` once the drain has come to them.
@@ -154,25 +158,55 @@ impl ApiServer {
         workers: Workers,
         tls: Option<Tls>,
         service: Metered<Stack<Router>>,
-        settings: &Settings,
+        limits: Limits,
         metrics: &Metrics,
     ) -> Self {
         let (phase, shutdown) = Shutdown::new();
         let (closed, kill) = (shutdown.closed.clone(), shutdown.kill.clone());
-        let limits = Limits {
-            max_connections: settings.max_connections,
-            max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
-            // A call that began as its connection was asked to go may take all of its time.
-            overtime: OVERTIME.max(settings.request_timeout + READING),
-            // Their age ends them.
-            max_idle: None,
-            read_timeout: settings.read_timeout,
-            keep_alive: KEEP_ALIVE,
-        };
         let connections = metrics.connections.clone();
         let serving = listener::serve(socket, workers, tls, service, limits, connections, shutdown);
         Self { phase, closed, kill, task: tokio::spawn(serving) }
     }
+}
+
+/// The limits of the API's connections. `--max-connections` is cut to the descriptors that the rest
+/// of the process leaves: without one, no probe is answered and no file is opened.
+fn api_limits(settings: &Settings, open_files: u64, threads: usize) -> Limits {
+    let reserved = reserved_descriptors(settings, threads);
+    let left = usize::try_from(open_files).unwrap_or(usize::MAX).saturating_sub(reserved).max(1);
+    if left < settings.max_connections {
+        tracing::warn!(
+            max_connections = settings.max_connections,
+            open_files,
+            reserved,
+            used = left,
+            "fewer connections than --max-connections are accepted: the limit of open files is low"
+        );
+    }
+    Limits {
+        max_connections: settings.max_connections.min(left),
+        max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
+        overtime: OVERTIME,
+        max_idle: Some(settings.idle_timeout).filter(|idle| !idle.is_zero()),
+        read_timeout: settings.read_timeout,
+        keep_alive: KEEP_ALIVE,
+        max_streams: MAX_STREAMS,
+    }
+}
+
+/// File descriptors that everything but the API's connections needs at most.
+fn reserved_descriptors(settings: &Settings, threads: usize) -> usize {
+    /// An epoll, its waker and the clone of each that a runtime makes.
+    const PER_THREAD: usize = 4;
+    /// The standard streams, both sockets, the signals, the TLS files, `/proc`, a connection that is
+    /// accepted to be closed.
+    const OTHERS: usize = 32;
+    /// SQLite's files and the lock, or as many logins as PostgreSQL's pool begins at once.
+    const STORE: usize = 24;
+    AdminServer::MAX_CONNECTIONS
+        + PER_THREAD * threads
+        + OTHERS
+        + STORE.max(2 * settings.database_pool)
 }
 
 struct AdminServer {
@@ -183,10 +217,13 @@ struct AdminServer {
 }
 
 impl AdminServer {
-    /// Room for many scrapers and people.
-    const MAX_CONNECTIONS: usize = 1024;
+    /// Room for scrapers, probes and people.
+    const MAX_CONNECTIONS: usize = 64;
 
-    /// A client that died must not hold one of them. Scrapers that come less often connect anew.
+    /// Requests of one HTTP/2 connection at a time.
+    const MAX_STREAMS: u32 = 16;
+
+    /// A client that died must not hold a connection. Scrapers that come less often connect anew.
     const MAX_IDLE: Duration = Duration::from_secs(30);
 
     /// How long the answers in flight may take at the end.
@@ -203,10 +240,11 @@ impl AdminServer {
         let limits = Limits {
             max_connections: Self::MAX_CONNECTIONS,
             max_age: None,
-            overtime: OVERTIME,
+            overtime: Duration::ZERO,
             max_idle: Some(Self::MAX_IDLE),
             read_timeout,
             keep_alive: KEEP_ALIVE,
+            max_streams: Self::MAX_STREAMS,
         };
         let final_scrapes = admin.final_scrapes.subscribe();
         let serving = listener::serve(

@@ -63,6 +63,10 @@ pub struct Settings {
     #[arg(long, env = "ORDER_MAX_CONNECTIONS", value_name = "COUNT", default_value = "10000", value_parser = count::<1_000_000>)]
     pub max_connections: usize,
 
+    /// A connection with nothing in flight for that long is asked to go; 0s: never
+    #[arg(long, env = "ORDER_IDLE_TIMEOUT", value_name = "DURATION", default_value = "2m", value_parser = duration)]
+    pub idle_timeout: Duration,
+
     /// After it, 10 % more or less at random, a connection is asked to go (GOAWAY, connection: close),
     /// so that clients find new replicas; 0s: never
     #[arg(long, env = "ORDER_MAX_CONNECTION_AGE", value_name = "DURATION", default_value = "2m", value_parser = duration)]

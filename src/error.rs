@@ -52,6 +52,12 @@ pub enum Error {
     /// The body's content type, or the protocol spoken on this path, is not the one expected; the
     /// text names both. HTTP only.
     WrongContentType(String),
+    /// The `Host` of an HTTP/1.1 request is missing, there twice or invalid; the text says which.
+    BadHost(String),
+    /// The body is compressed; the text names the encoding. HTTP only.
+    WrongContentEncoding(String),
+    /// The messages of a gRPC request are not protobuf; the text names the content type. gRPC only.
+    UnknownCodec(String),
     /// A gRPC request by another method than POST, or over another HTTP than 2; the text names both.
     /// gRPC only.
     NotACall(String),
@@ -71,6 +77,8 @@ pub enum Error {
     StoreUnavailable,
     /// The deadline passed.
     DeadlineExceeded,
+    /// The caller went before its request was whole; nobody reads the answer.
+    CallerGone,
     /// A bug or a failure that no retry mends. The cause is logged, never sent.
     Internal(String),
 }
@@ -84,6 +92,11 @@ struct Row {
     title: &'static str,
 }
 
+/// nginx's code for a client that closed the request.
+fn client_closed_request() -> StatusCode {
+    StatusCode::from_u16(499).expect("three digits are a status code")
+}
+
 impl Error {
     #[rustfmt::skip]
     fn row(&self) -> Row {
@@ -91,6 +104,9 @@ impl Error {
             Self::Invalid(_) => (Code::InvalidArgument, StatusCode::UNPROCESSABLE_ENTITY, "invalid-fields", "Invalid fields"),
             Self::Malformed(_) => (Code::InvalidArgument, StatusCode::BAD_REQUEST, "malformed", "Malformed JSON"),
             Self::WrongContentType(_) => (Code::Unimplemented, StatusCode::UNSUPPORTED_MEDIA_TYPE, "wrong-content-type", "Wrong content type"),
+            Self::BadHost(_) => (Code::InvalidArgument, StatusCode::BAD_REQUEST, "bad-host", "Bad Host"),
+            Self::WrongContentEncoding(_) => (Code::Unimplemented, StatusCode::UNSUPPORTED_MEDIA_TYPE, "wrong-content-encoding", "Wrong content encoding"),
+            Self::UnknownCodec(_) => (Code::Unimplemented, StatusCode::UNSUPPORTED_MEDIA_TYPE, "unknown-codec", "Unknown codec"),
             Self::NotACall(_) => (Code::Unimplemented, StatusCode::BAD_REQUEST, "not-a-call", "Not a gRPC call"),
             Self::TooLarge(_) => (Code::ResourceExhausted, StatusCode::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
             Self::KeyReused => (Code::AlreadyExists, StatusCode::UNPROCESSABLE_ENTITY, "idempotency-key-reused", "Idempotency key reused"),
@@ -100,6 +116,7 @@ impl Error {
             Self::Shed(_) => (Code::ResourceExhausted, StatusCode::SERVICE_UNAVAILABLE, "shed", "Too many requests in flight"),
             Self::StoreUnavailable => (Code::Unavailable, StatusCode::SERVICE_UNAVAILABLE, "store-unavailable", "Store unavailable"),
             Self::DeadlineExceeded => (Code::DeadlineExceeded, StatusCode::GATEWAY_TIMEOUT, "deadline-exceeded", "Deadline exceeded"),
+            Self::CallerGone => (Code::Cancelled, client_closed_request(), "caller-gone", "Client closed request"),
             Self::Internal(_) => (Code::Internal, StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
         };
         Row { code, status, kind, title }
@@ -120,6 +137,13 @@ impl Error {
     /// This error as an answer in the caller's protocol.
     pub fn into_answer(self, protocol: Protocol) -> Response {
         match protocol {
+            // RFC 9112 (section 3.2) wants this status whatever the protocol.
+            Protocol::Grpc if matches!(self, Self::BadHost(_)) => {
+                let status = self.row().status;
+                let mut answer: Response = Status::from(self).into_http();
+                *answer.status_mut() = status;
+                answer
+            }
             Protocol::Grpc => Status::from(self).into_http(),
             Protocol::Http => self.into_response(),
         }
@@ -136,9 +160,12 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
-            Self::Malformed(detail) | Self::WrongContentType(detail) | Self::NotACall(detail) => {
-                f.write_str(detail)
-            }
+            Self::Malformed(detail)
+            | Self::BadHost(detail)
+            | Self::WrongContentType(detail)
+            | Self::WrongContentEncoding(detail)
+            | Self::UnknownCodec(detail)
+            | Self::NotACall(detail) => f.write_str(detail),
             Self::TooLarge(limit) => write!(f, "the body is longer than {limit} bytes"),
             Self::KeyReused => f.write_str(
                 "the idempotency key was used for an order of another product or quantity",
@@ -157,6 +184,7 @@ impl fmt::Display for Error {
                  order is placed twice",
             ),
             Self::DeadlineExceeded => f.write_str("the deadline passed"),
+            Self::CallerGone => f.write_str("the caller went before its request was whole"),
             Self::Internal(_) => f.write_str("internal error"),
         }
     }
@@ -226,6 +254,10 @@ impl IntoResponse for Error {
         }
         if let Self::WrongMethod(allowed) = &self {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+        }
+        if let Self::WrongContentEncoding(_) = &self {
+            let identity = HeaderValue::from_static("identity");
+            response.headers_mut().insert(header::ACCEPT_ENCODING, identity);
         }
         response.extensions_mut().insert(Arc::new(self));
         response

@@ -5,7 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::body::Body;
-use http::{HeaderMap, HeaderName, Request, Response, Version};
+use http::{HeaderMap, HeaderName, Response};
 use tower::ServiceBuilder;
 
 use crate::{
@@ -14,25 +14,28 @@ use crate::{
     wire,
 };
 
+mod admission;
+mod budget;
 mod context;
 mod deadline;
-mod read_on;
+mod drain_body;
 mod recover;
+mod request_body;
 mod shed;
 mod speaks;
 mod until_leaving;
 
 pub use self::{
+    admission::InFlight,
     context::ServedBy,
     deadline::{READING, deadline_of},
-    shed::InFlight,
     speaks::GrpcServices,
-    until_leaving::UntilLeaving,
+    until_leaving::{StreamLimits, UntilLeaving},
 };
 use self::{
     context::{ContextLayer, WithContext},
     deadline::{DeadlineLayer, KeepDeadline},
-    read_on::{ReadOn, ReadOnLayer},
+    drain_body::{DrainBody, DrainBodyLayer},
     recover::{Recover, RecoverLayer},
     shed::{Shed, ShedLayer},
     speaks::{Speaks, SpeaksLayer},
@@ -42,7 +45,7 @@ use self::{
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Routes under the stack.
-pub type Stack<S> = WithContext<Recover<Shed<KeepDeadline<ReadOn<Speaks<S>>>>>>;
+pub type Stack<S> = WithContext<Recover<Shed<KeepDeadline<DrainBody<Speaks<S>>>>>>;
 
 /// The whole stack but for the metrics layer, which goes around it. It goes around the router as that one
 /// does: `Router::layer` would clone the stack and box the request's future and body for each request.
@@ -62,9 +65,8 @@ pub fn stack<S>(
         // Before any work: whoever is one too many learns it at once.
         .layer(ShedLayer(in_flight))
         .layer(DeadlineLayer::new(request_timeout))
-        // Delivers answers that come before the request was read, all but those of the layers above,
-        // which are not to take any longer.
-        .layer(ReadOnLayer)
+        // Delivers answers that come before the request was read.
+        .layer(DrainBodyLayer)
         // gRPC on REST's routes, and the other way round.
         .layer(SpeaksLayer(services))
         .service(routes)
@@ -73,15 +75,6 @@ pub fn stack<S>(
 /// Which protocol a request speaks.
 pub fn protocol(headers: &HeaderMap) -> Protocol {
     if wire::is_grpc(headers) { Protocol::Grpc } else { Protocol::Http }
-}
-
-/// Health and reflection are neither shed nor timed: an orchestrator must learn that an overloaded
-/// server lives, and their streams have no end of their own. Over HTTP/1 their paths are refused like
-/// any other, and nothing but the deadline ends the wait for a body that such a request announces.
-fn is_exempt<B>(request: &Request<B>) -> bool {
-    let path = request.uri().path();
-    request.version() == Version::HTTP_2
-        && (path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection."))
 }
 
 /// The answer to a path that nothing is served on.

@@ -9,6 +9,7 @@
 //! - [`api`]: the router of both protocols under the one stack of [`layers`];
 //! - [`grpc`], [`rest`]: protocol to domain and back, [`proto`] being what they speak, and
 //!   [`error`] the one table of failures;
+//! - [`health`]: gRPC's health service, beside them;
 //! - [`orders`]: the use cases, over the types and rules of [`mod@order`];
 //! - [`store`]: the queue, the group commit, the engines;
 //! - [`admin`]: `/metrics`, `/livez`, `/readyz` on a listener of their own.
@@ -19,6 +20,7 @@ pub mod app;
 pub mod config;
 pub mod error;
 pub mod grpc;
+pub mod health;
 pub mod layers;
 pub mod listener;
 pub mod logs;

@@ -6,16 +6,17 @@
 use std::{
     convert::Infallible,
     error::Error,
-    io,
+    fmt, io,
     net::{TcpListener as StdListener, TcpStream as StdStream},
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http::{Request, Response};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -30,14 +31,20 @@ use tower::Service;
 use self::connection::Shared;
 use crate::{metrics::ConnectionMetrics, workers::Workers};
 
+mod aborts;
 mod connection;
 mod io_watch;
+mod load;
 mod news;
 mod plan;
 mod requests;
 mod tls;
 
-pub use self::tls::{Tls, TlsError};
+pub use self::{
+    aborts::caller_is_gone,
+    load::ConnectionLoad,
+    tls::{Tls, TlsError},
+};
 
 /// What connections may do.
 #[derive(Debug, Clone, Copy)]
@@ -48,12 +55,15 @@ pub struct Limits {
     pub read_timeout: Duration,
     /// After it, 10 % more or less at random, a connection is asked to go.
     pub max_age: Option<Duration>,
-    /// How long after its age a connection may last.
+    /// Grace after a connection was asked to go for its age or its idleness: then it is closed once
+    /// nothing is in flight.
     pub overtime: Duration,
-    /// How long a connection may be idle after its last response.
+    /// A connection with nothing in flight for that long after its last response is asked to go.
     pub max_idle: Option<Duration>,
     /// Of HTTP/2 connections.
     pub keep_alive: KeepAlive,
+    /// Streams of one HTTP/2 connection at a time.
+    pub max_streams: u32,
 }
 
 /// When the peer of an HTTP/2 connection is taken for gone: a NAT or a load balancer forgot it.
@@ -69,8 +79,11 @@ pub struct KeepAlive {
 pub const KEEP_ALIVE: KeepAlive =
     KeepAlive { interval: Duration::from_secs(30), timeout: Duration::from_secs(20) };
 
-/// Enough for every call that keeps a deadline of up to 25 s.
+/// Enough for an idle HTTP/1 client to learn by its next response that its connection ends.
 pub const OVERTIME: Duration = Duration::from_secs(30);
+
+/// Streams of one HTTP/2 connection that suit clients which share one connection.
+pub const MAX_STREAMS: u32 = 256;
 
 /// How far the shutdown is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,22 +126,57 @@ pub struct Ending(Arc<EndingShared>);
 
 #[derive(Debug, Default)]
 struct EndingShared {
-    /// Shared, since to clone a token takes its lock.
-    leaving: Arc<CancellationToken>,
+    connection: Arc<ConnectionControl>,
     limit: OnceLock<Instant>,
     limit_holds: AtomicBool,
+    after_response: Mutex<Option<AfterResponse>>,
+}
+
+/// What the requests of one connection share.
+#[derive(Debug, Default)]
+struct ConnectionControl {
+    leaving: CancellationToken,
+    load: ConnectionLoad,
+}
+
+/// Runs once the response is written.
+struct AfterResponse(BoxFuture<'static, ()>);
+
+impl fmt::Debug for AfterResponse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AfterResponse")
+    }
 }
 
 impl Ending {
-    fn new(leaving: Arc<CancellationToken>) -> Self {
-        let (limit, limit_holds) = Default::default();
-        Self(Arc::new(EndingShared { leaving, limit, limit_holds }))
+    fn new(connection: Arc<ConnectionControl>) -> Self {
+        Self(Arc::new(EndingShared { connection, ..Default::default() }))
     }
 
     /// Cancelled when the connection is asked to go, so that streams without an end of their own can
     /// end.
     pub fn leaving(&self) -> CancellationToken {
-        CancellationToken::clone(&self.0.leaving)
+        self.0.connection.leaving.clone()
+    }
+
+    /// What the request's connection holds of the budgets that all connections share.
+    pub fn load(&self) -> &ConnectionLoad {
+        &self.0.connection.load
+    }
+
+    /// Sets what runs once the response of this HTTP/1 request is written, before the connection
+    /// counts as idle. Only the last one set runs; over HTTP/2 none does.
+    pub fn after_response(&self, future: impl Future<Output = ()> + Send + 'static) {
+        *self.after_response_slot() = Some(AfterResponse(Box::pin(future)));
+    }
+
+    fn take_after_response(&self) -> Option<BoxFuture<'static, ()>> {
+        self.after_response_slot().take().map(|AfterResponse(future)| future)
+    }
+
+    fn after_response_slot(&self) -> MutexGuard<'_, Option<AfterResponse>> {
+        // No code can panic while it holds the lock.
+        self.0.after_response.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets when the request is cut off, above all because its peer does not read the response: hyper

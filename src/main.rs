@@ -50,7 +50,7 @@ fn read_settings() -> Result<(Settings, Option<Tls>), NoArguments> {
 }
 
 fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
-    rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
+    let open_files = rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
     // The first of the worker threads is this one; the library starts the others.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("the runtime")?;
@@ -61,6 +61,7 @@ fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
             tls,
             served_by: ServedBy::new(&host_name(), std::process::id()),
             revision: option_env!("ORDER_SERVICE_REVISION").unwrap_or("unknown"),
+            open_files,
             signals: signals()?,
         };
         app::run(settings, inputs, Extra::default()).await

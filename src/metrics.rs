@@ -183,6 +183,46 @@ impl StoreMetrics {
     }
 }
 
+/// Why the HTTP layer ended a connection by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AbortReason {
+    /// `bad_request`: an HTTP/1 head that cannot be parsed, answered with 400.
+    BadRequest,
+    /// `head_too_large`: an HTTP/1 head over the limit, answered with 431 or 414.
+    HeadTooLarge,
+    /// `enhance_your_calm`: too many HTTP/2 resets or CONTINUATION frames.
+    EnhanceYourCalm,
+    /// `compression_error`: an HTTP/2 header block that cannot be decoded, or is far over the limit.
+    CompressionError,
+    /// `flow_control_error`, HTTP/2.
+    FlowControlError,
+    /// `frame_size_error`, HTTP/2.
+    FrameSizeError,
+    /// `protocol_error`, HTTP/2.
+    ProtocolError,
+    /// `other`.
+    Other,
+}
+
+impl AbortReason {
+    /// As the label spells it.
+    pub fn as_str(self) -> &'static str {
+        ABORT_REASONS[self as usize]
+    }
+}
+
+/// In the order of [`AbortReason`].
+const ABORT_REASONS: [&str; 8] = [
+    "bad_request",
+    "head_too_large",
+    "enhance_your_calm",
+    "compression_error",
+    "flow_control_error",
+    "frame_size_error",
+    "protocol_error",
+    "other",
+];
+
 /// The handles of a listener's families.
 #[derive(Debug, Clone)]
 pub struct ConnectionMetrics {
@@ -197,6 +237,9 @@ pub struct ConnectionMetrics {
     /// `connections_refused_total{reason="tls"}`.
     pub refused_tls: IntCounter,
     refused: IntCounterVec,
+    /// In the order of [`AbortReason`].
+    aborted_by_reason: Vec<IntCounter>,
+    aborted: IntCounterVec,
 }
 
 impl ConnectionMetrics {
@@ -210,7 +253,17 @@ impl ConnectionMetrics {
             Opts::new("connections_refused_total", "API connections closed unserved, by reason."),
             &["reason"],
         )?;
+        let aborted = IntCounterVec::new(
+            Opts::new(
+                "connections_aborted_total",
+                "API connections that the HTTP layer ended by itself, by reason.",
+            ),
+            &["reason"],
+        )?;
+        let by_reason = ABORT_REASONS.iter().map(|reason| child(&aborted, &[reason]));
         Ok(Self {
+            aborted_by_reason: by_reason.collect::<Result<_, _>>()?,
+            aborted,
             open: IntGauge::new("connections_open", "API connections that are open.")?,
             accepted: IntCounter::new("connections_accepted_total", "API connections accepted.")?,
             refused_limit: child(&refused, &["limit"])?,
@@ -224,7 +277,13 @@ impl ConnectionMetrics {
         registered(registry, self.open.clone())?;
         registered(registry, self.accepted.clone())?;
         registered(registry, self.refused.clone())?;
+        registered(registry, self.aborted.clone())?;
         Ok(())
+    }
+
+    /// The counter of `connections_aborted_total` for one reason.
+    pub fn aborted(&self, reason: AbortReason) -> &IntCounter {
+        &self.aborted_by_reason[reason as usize]
     }
 }
 
@@ -266,6 +325,7 @@ pub struct RequestMetrics {
     pub in_flight_limit: IntGauge,
     shed: [[IntCounter; 2]; 2],
     panics: [IntCounter; 2],
+    malformed: [IntCounter; 2],
 }
 
 impl RequestMetrics {
@@ -287,6 +347,16 @@ impl RequestMetrics {
                 &["protocol"],
             )?,
         )?;
+        let malformed = registered(
+            registry,
+            IntCounterVec::new(
+                Opts::new(
+                    "requests_malformed_total",
+                    "Requests whose bytes could not be decoded: the caller's fault.",
+                ),
+                &["protocol"],
+            )?,
+        )?;
         let [grpc, http] = PROTOCOLS;
         let [in_flight, queue_full] = SHED_REASONS;
         Ok(Self {
@@ -296,12 +366,18 @@ impl RequestMetrics {
                 [child(&shed, &[http, in_flight])?, child(&shed, &[http, queue_full])?],
             ],
             panics: [child(&panics, &[grpc])?, child(&panics, &[http])?],
+            malformed: [child(&malformed, &[grpc])?, child(&malformed, &[http])?],
         })
     }
 
     /// The counter of `requests_shed_total` for one protocol and reason.
     pub fn shed(&self, protocol: Protocol, reason: ShedReason) -> &IntCounter {
         &self.shed[protocol as usize][reason as usize]
+    }
+
+    /// The counter of `requests_malformed_total` for one protocol.
+    pub fn malformed(&self, protocol: Protocol) -> &IntCounter {
+        &self.malformed[protocol as usize]
     }
 
     /// The counter of `request_panics_total` for one protocol.

@@ -33,6 +33,14 @@ pub fn call(headers: &HeaderMap) -> Option<Option<Duration>> {
     content_type.filter(|value| names_grpc(value)).map(|_| timeout.and_then(parse_timeout))
 }
 
+/// Whether the messages of a gRPC call are protobuf, which they are unless the content type names
+/// another codec.
+pub fn is_protobuf(headers: &HeaderMap) -> bool {
+    let content_type = first(headers, &header::CONTENT_TYPE).map_or(&b""[..], |v| v.as_bytes());
+    let codec = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+    matches!(codec, b"application/grpc" | b"application/grpc+proto")
+}
+
 fn names_grpc(content_type: &HeaderValue) -> bool {
     const GRPC: &[u8] = b"application/grpc";
     let parameters = content_type.as_bytes().strip_prefix(GRPC);
@@ -85,6 +93,16 @@ mod tests {
             assert!(!is_grpc(&with(header::CONTENT_TYPE, http.as_bytes())), "{http}");
         }
         assert!(!is_grpc(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn messages_are_protobuf_unless_another_codec_is_named() {
+        for proto in ["application/grpc", "application/grpc+proto", "application/grpc;x=y"] {
+            assert!(is_protobuf(&with(header::CONTENT_TYPE, proto.as_bytes())), "{proto}");
+        }
+        for other in ["application/grpc+json", "application/grpc+", "application/grpc+proto2"] {
+            assert!(!is_protobuf(&with(header::CONTENT_TYPE, other.as_bytes())), "{other}");
+        }
     }
 
     #[test]

@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tonic_health::ServingStatus;
 
 use super::{Ended, Running, Signals};
-use crate::{admin::Stage, api::HEALTH_NAMES, config::Settings, listener::Phase};
+use crate::{admin::Stage, config::Settings, listener::Phase};
 
 /// How long the store's last orders may take when the drain timeout has already gone by.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
@@ -46,9 +45,7 @@ impl Running {
     ) -> anyhow::Result<Ended> {
         let delay = settings.drain_delay;
         self.stage.send_replace(Stage::Draining);
-        for name in HEALTH_NAMES {
-            self.health.set_service_status(name, ServingStatus::NotServing).await;
-        }
+        self.health.set_not_serving();
         if !delay.is_zero() {
             self.api.phase.send_replace(Phase::Leaving { until: Instant::now() + delay });
         }

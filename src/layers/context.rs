@@ -4,8 +4,9 @@
 use std::{
     convert::Infallible,
     fmt::Display,
+    mem,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll, ready},
 };
 
@@ -17,7 +18,7 @@ use tower::{Layer, Service};
 use tracing::Level;
 use uuid::Uuid;
 
-use super::{X_REQUEST_ID, protocol};
+use super::{X_REQUEST_ID, admission::Class, protocol, request_body::Admission};
 use crate::{
     error::Error,
     metrics::{Protocol, RequestMetrics},
@@ -43,6 +44,9 @@ pub(super) struct Call {
     uri: Uri,
     /// When the answer is due: the deadline layer sets it, of every request that is not exempt.
     pub(super) deadline: OnceLock<Instant>,
+    pub(super) received_at: Instant,
+    pub(super) class: Class,
+    admission: Mutex<Admission>,
     shared: Arc<Shared>,
 }
 
@@ -50,6 +54,29 @@ impl Call {
     /// Of the request with these extensions.
     pub(super) fn of(extensions: &Extensions) -> &Arc<Self> {
         extensions.get().expect("the context layer is around the others and every handler")
+    }
+
+    /// How far the request is let in.
+    pub(super) fn admission(&self) -> MutexGuard<'_, Admission> {
+        // No code can panic while it holds the lock.
+        self.admission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The request is to be answered with this error.
+    pub(super) fn refuse(&self, error: Error) {
+        *self.admission() = Admission::Refused(error);
+    }
+
+    /// Takes what became of the request since; an answered one is not let in any more.
+    pub(super) fn take_admission(&self, answered: bool) -> Admission {
+        let next = if answered { Admission::Answered } else { Admission::Arriving };
+        mem::replace(&mut *self.admission(), next)
+    }
+
+    /// Why a request ends whose caller went before it was whole.
+    pub(super) fn caller_gone(&self) -> Error {
+        let passed = self.deadline.get().is_some_and(|deadline| *deadline <= Instant::now());
+        if passed { Error::DeadlineExceeded } else { Error::CallerGone }
     }
 
     pub(super) fn metrics(&self) -> &RequestMetrics {
@@ -135,6 +162,9 @@ where
             method: request.method().clone(),
             uri: request.uri().clone(),
             deadline: OnceLock::new(),
+            received_at: Instant::now(),
+            class: Class::of(&request),
+            admission: Mutex::default(),
             shared: self.shared.clone(),
         });
         request.extensions_mut().insert(call.clone());
@@ -251,7 +281,7 @@ fn record_error(call: &Call, code: impl Display, error: &Error) {
             call.metrics().shed(call.protocol, *reason).inc();
             Level::DEBUG
         }
-        Error::StoreUnavailable => Level::DEBUG,
+        Error::StoreUnavailable | Error::CallerGone => Level::DEBUG,
         _ => Level::INFO,
     };
     match error.cause() {

@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower::{Layer, Service};
 
-use super::{context::Call, is_exempt};
+use super::context::Call;
 use crate::{error::Error, listener::Ending, metrics::Protocol, wire};
 
 /// How long after the deadline the layer answers for a handler that has not answered by itself. The
@@ -66,16 +66,16 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if is_exempt(&request) {
+        let call = Call::of(request.extensions());
+        if !call.class.has_deadline() {
             return DeadlineFuture { inner: self.inner.call(request), due: None, expired: None };
         }
-        let call = Call::of(request.extensions());
         let asked = match call.protocol {
             Protocol::Grpc => wire::timeout(request.headers()),
             Protocol::Http => None,
         };
         let timeout = asked.map_or(self.request_timeout, |asked| asked.min(self.request_timeout));
-        let now = Instant::now();
+        let now = call.received_at;
         let deadline = now + timeout;
         if let Some(ending) = request.extensions().get::<Ending>() {
             ending.set_response_limit(now + self.request_timeout + READING);

@@ -1,82 +1,27 @@
-//! One limit of requests in flight over both protocols; who is one too many is told at once. The
+//! Sheds requests: one limit of requests in flight over both protocols, budgets for the others. The
 //! permit is held to the end of the response's body, since a response is work until it is read.
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
 use tower::{Layer, Service};
 
-use super::{deadline::READING, is_exempt};
-use crate::{error::Error, listener::Ending, metrics::ShedReason};
-
-/// The limit of requests in flight, and how many there are.
-#[derive(Debug, Clone)]
-pub struct InFlight(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    count: AtomicUsize,
-    max_in_flight: usize,
-    /// Whether the last request was shed: the begin and the end of such a time are logged, not each
-    /// request in it.
-    shedding: AtomicBool,
-}
-
-impl InFlight {
-    /// None in flight, and at most `max_in_flight`, 1 to a million.
-    pub fn new(max_in_flight: usize) -> Self {
-        let (count, shedding) = Default::default();
-        Self(Arc::new(Shared { count, max_in_flight, shedding }))
-    }
-
-    /// How many requests are in flight.
-    pub fn count(&self) -> usize {
-        self.0.count.load(Ordering::Relaxed)
-    }
-
-    fn enter(&self) -> Result<Permit, Error> {
-        let Shared { count, max_in_flight, shedding } = &*self.0;
-        let one_more = |count| (count < *max_in_flight).then_some(count + 1);
-        let Ok(before) = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) else {
-            if !shedding.swap(true, Ordering::Relaxed) {
-                tracing::warn!(max_in_flight, "too many requests in flight: shedding begins");
-            }
-            return Err(Error::Shed(ShedReason::InFlight));
-        };
-        // It is over only once half of the permits are free: at the limit every second one would be
-        // shed and logged.
-        if shedding.load(Ordering::Relaxed)
-            && before < max_in_flight / 2
-            && shedding.swap(false, Ordering::Relaxed)
-        {
-            tracing::info!("requests are no longer shed");
-        }
-        Ok(Permit(self.0.clone()))
-    }
-}
-
-/// One request in flight, as long as it lives. Nobody waits for a permit, so that a count is enough: a
-/// semaphore takes a lock that all threads share when a permit is given back.
-#[derive(Debug)]
-struct Permit(Arc<Shared>);
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.count.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+use super::{
+    admission::{InFlight, Permit},
+    context::Call,
+    deadline::READING,
+    request_body::{Admission, Gate, RequestBody},
+};
+use crate::{error::Error, listener::Ending};
 
 /// Admits requests as long as there are permits.
 #[derive(Debug, Clone)]
@@ -99,7 +44,8 @@ pub struct Shed<S> {
 
 impl<S, B> Service<Request<B>> for Shed<S>
 where
-    S: Service<Request<B>, Response = Response<Body>, Error = Error>,
+    S: Service<Request<RequestBody<B>>, Response = Response<Body>, Error = Error>,
+    B: http_body::Body,
 {
     type Response = Response<Held>;
     type Error = Error;
@@ -110,21 +56,33 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let permit = if is_exempt(&request) {
-            None
-        } else {
-            match self.in_flight.enter() {
-                Ok(permit) => Some(permit),
-                Err(error) => {
-                    // The deadline layer, which limits all others, does not see it.
-                    if let Some(ending) = request.extensions().get::<Ending>() {
-                        ending.set_limit(Instant::now() + READING);
-                    }
-                    return ShedFuture::Refused { error: Some(error) };
-                }
+        let call = Call::of(request.extensions());
+        let connection = request.extensions().get::<Ending>();
+        // Bodies that come with other methods are read by no handler.
+        if request.method() == Method::POST
+            && !request.body().is_end_stream()
+            && !call.class.is_stream()
+        {
+            let gate =
+                Gate::new(call.clone(), self.in_flight.clone(), connection.cloned(), &request);
+            let arriving = Some(call.clone());
+            let request = request.map(|body| RequestBody::arriving(body, gate));
+            let inner = self.inner.call(request);
+            return ShedFuture::Entered { inner, permit: None, arriving };
+        }
+        match self.in_flight.enter(call.class, connection, call.received_at) {
+            Ok(permit) => {
+                let inner = self.inner.call(request.map(RequestBody::whole));
+                ShedFuture::Entered { inner, permit: Some(permit), arriving: None }
             }
-        };
-        ShedFuture::Entered { inner: self.inner.call(request), permit }
+            Err(error) => {
+                // The deadline layer, which limits all others, does not see it.
+                if let Some(ending) = connection {
+                    ending.set_limit(Instant::now() + READING);
+                }
+                ShedFuture::Refused { error: Some(error) }
+            }
+        }
     }
 }
 
@@ -132,7 +90,13 @@ pin_project! {
     #[project = ShedProjection]
     /// A request that was let in, or not.
     pub enum ShedFuture<F> {
-        Entered { #[pin] inner: F, permit: Option<Permit> },
+        Entered {
+            #[pin]
+            inner: F,
+            permit: Option<Permit>,
+            // `None` once the request is whole.
+            arriving: Option<Arc<Call>>,
+        },
         Refused { error: Option<Error> },
     }
 }
@@ -145,8 +109,18 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project() {
-            ShedProjection::Entered { inner, permit } => {
-                let response = ready!(inner.poll(cx))?;
+            ShedProjection::Entered { inner, permit, arriving } => {
+                let polled = inner.poll(cx);
+                if let Some(call) = arriving {
+                    match call.take_admission(polled.is_ready()) {
+                        Admission::Arriving | Admission::Answered => {}
+                        Admission::Admitted(admitted) => {
+                            (*permit, *arriving) = (Some(admitted), None);
+                        }
+                        Admission::Refused(error) => return Poll::Ready(Err(error)),
+                    }
+                }
+                let response = ready!(polled)?;
                 let permit = permit.take();
                 Poll::Ready(Ok(response.map(|inner| Held { inner, permit })))
             }
@@ -191,22 +165,5 @@ impl http_body::Body for Held {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn permits_are_counted_and_one_too_many_is_shed() {
-        let in_flight = InFlight::new(2);
-        let first = in_flight.enter().unwrap();
-        let _second = in_flight.enter().unwrap();
-        assert!(matches!(in_flight.enter(), Err(Error::Shed(ShedReason::InFlight))));
-        assert_eq!(in_flight.count(), 2);
-        drop(first);
-        assert_eq!(in_flight.count(), 1);
-        in_flight.enter().unwrap();
     }
 }

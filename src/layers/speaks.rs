@@ -1,6 +1,6 @@
-//! Refuses gRPC on a REST route, plain HTTP on a gRPC method, and gRPC by anything but a POST over
-//! HTTP/2, each in the caller's own protocol: the handlers behind them would misread the request, or
-//! do the work of one that no gRPC client sends.
+//! Refuses gRPC on a REST route, plain HTTP on a gRPC method, gRPC by anything but a POST over HTTP/2
+//! with messages in protobuf, and HTTP/1.1 without one valid `Host`, each in the caller's own protocol:
+//! the handlers behind them would misread the request, or do the work of one that no client sends.
 
 use std::{
     convert::Infallible,
@@ -12,11 +12,14 @@ use std::{
 
 use axum::body::Body;
 use futures_util::future::Either;
-use http::{Method, Request, Response, Version};
+use http::{HeaderMap, Method, Request, Response, Version, header, uri::Authority};
 use tower::{Layer, Service};
 
 use super::context::Call;
-use crate::{error::Error, metrics::Protocol};
+use crate::{error::Error, metrics::Protocol, wire};
+
+/// Bytes of a refused header that the answer shows.
+const MAX_SHOWN: usize = 64;
 
 /// The gRPC services on the API's port.
 #[derive(Debug, Clone)]
@@ -69,20 +72,7 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let is_call = request.method() == Method::POST && request.version() == Version::HTTP_2;
-        let is_grpcs = self.services.have(request.uri().path());
-        let refused = match (is_grpcs, Call::of(request.extensions()).protocol) {
-            (true, Protocol::Http) => Some(Error::WrongContentType(
-                "this path is a gRPC method, expected content-type application/grpc".to_owned(),
-            )),
-            (true, Protocol::Grpc) if !is_call => Some(Error::NotACall(format!(
-                "{} over {:?} given, expected a gRPC call: POST over HTTP/2.0",
-                request.method(),
-                request.version()
-            ))),
-            (false, Protocol::Grpc) => Some(Error::NoSuchRoute),
-            _ => None,
-        };
+        let refused = check(&request, &self.services);
         match refused {
             Some(error) => Either::Left(ready(Err(error))),
             None => {
@@ -92,6 +82,94 @@ where
                 let called = Box::pin(self.inner.call(request));
                 Either::Right(futures_util::TryFutureExt::map_err(called, never))
             }
+        }
+    }
+}
+
+fn check(request: &Request<Body>, services: &GrpcServices) -> Option<Error> {
+    let (method, version, headers) = (request.method(), request.version(), request.headers());
+    if version == Version::HTTP_11
+        && let Err(error) = check_host(headers)
+    {
+        return Some(error);
+    }
+    let is_call = method == Method::POST && version == Version::HTTP_2;
+    let is_grpcs = services.have(request.uri().path());
+    match (is_grpcs, Call::of(request.extensions()).protocol) {
+        (true, Protocol::Http) => Some(Error::WrongContentType(
+            "this path is a gRPC method, expected content-type application/grpc".to_owned(),
+        )),
+        (true, Protocol::Grpc) if !is_call => Some(Error::NotACall(format!(
+            "{method} over {version:?} given, expected a gRPC call: POST over HTTP/2.0"
+        ))),
+        (true, Protocol::Grpc) if !wire::is_protobuf(headers) => {
+            let given =
+                wire::first(headers, &header::CONTENT_TYPE).map_or(&b""[..], |v| v.as_bytes());
+            let given = String::from_utf8_lossy(&given[..given.len().min(MAX_SHOWN)]);
+            Some(Error::UnknownCodec(format!(
+                "content-type {given:?} given, expected application/grpc or application/grpc+proto"
+            )))
+        }
+        (false, Protocol::Grpc) => Some(Error::NoSuchRoute),
+        _ => None,
+    }
+}
+
+/// RFC 9112, section 3.2: exactly one, and an authority without user information.
+fn check_host(headers: &HeaderMap) -> Result<(), Error> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let bad = |what: &str| Err(Error::BadHost(format!("{what}, expected exactly one host name")));
+    match (hosts.next(), hosts.next()) {
+        (None, _) => bad("no Host given"),
+        (Some(_), Some(_)) => bad("more than one Host given"),
+        (Some(host), None) if is_host(host.as_bytes()) => Ok(()),
+        (Some(host), None) => {
+            let host = host.as_bytes();
+            let shown = String::from_utf8_lossy(&host[..host.len().min(MAX_SHOWN)]);
+            bad(&format!("Host {shown:?} given"))
+        }
+    }
+}
+
+fn is_host(host: &[u8]) -> bool {
+    Authority::try_from(host).is_ok_and(|authority| {
+        let port = authority.as_str().strip_prefix(authority.host()).unwrap_or("@");
+        let is_port = |port: &str| {
+            port.bytes().all(|digit| digit.is_ascii_digit())
+                && (port.is_empty() || port.parse::<u16>().is_ok())
+        };
+        let port_is_valid = port.is_empty() || port.strip_prefix(':').is_some_and(is_port);
+        !authority.host().is_empty() && port_is_valid
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_a_name_or_an_address_with_or_without_a_port() {
+        for host in
+            ["x", "orders.test", "orders.test:8181", "127.0.0.1:1", "[::1]:8181", "a_b", "x:"]
+        {
+            assert!(is_host(host.as_bytes()), "{host}");
+        }
+        for host in [
+            "",
+            " ",
+            "a b",
+            "a/b",
+            "user@host",
+            ":80",
+            "x:y",
+            "x:99999",
+            "x:80:80",
+            "x:+80",
+            "[::1",
+            "a\\b",
+            "http://x",
+        ] {
+            assert!(!is_host(host.as_bytes()), "{host}");
         }
     }
 }

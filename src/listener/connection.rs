@@ -26,16 +26,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
 
 use super::{
-    KeepAlive, Limits, Phase, Tls,
+    Limits, Phase, Tls,
+    aborts::abort_reason,
     io_watch::Watched,
     news::{News, news},
     plan::{Act, LAST_WORDS, Plan, State},
     requests::{Requests, Streams},
 };
 use crate::metrics::ConnectionMetrics;
-
-/// Streams of one HTTP/2 connection at a time.
-const MAX_STREAMS: u32 = 256;
 
 /// Bytes of all headers of an HTTP/2 request, as RFC 9113 counts them (section 6.5.2).
 const MAX_HEADERS: u32 = 16 * 1024;
@@ -149,7 +147,7 @@ async fn serve<I, S, B>(
     let state = Arc::new(State::new());
     let io = TokioIo::new(Watched::new(stream, state.clone()));
     let streams = Streams { state: state.clone(), tracker: shared.tracker.clone() };
-    let builder = builder(streams, shared.limits.keep_alive);
+    let builder = builder(streams, &shared.limits);
     let requests = Requests { inner: RefCell::new(service), state: state.clone() };
     let mut connection = pin!(builder.serve_connection(io, requests));
     let mut plan = Plan::new(shared.limits, state.clone());
@@ -162,8 +160,8 @@ async fn serve<I, S, B>(
             if let Poll::Ready(Some(news)) = news.poll_next_unpin(cx) {
                 return Poll::Ready(Step::News(news));
             }
-            if connection.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Step::Ended);
+            if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+                return Poll::Ready(Step::Ended(ended));
             }
             // What the requests did may have brought the next step forward. One that moved back is
             // looked at when the timer fires.
@@ -176,7 +174,19 @@ async fn serve<I, S, B>(
             Poll::Pending
         });
         match step.await {
-            Step::Ended => return,
+            Step::Ended(ended) => {
+                if let Err(error) = ended
+                    && let Some(reason) = abort_reason(error.as_ref())
+                {
+                    shared.metrics.aborted(reason).inc();
+                    tracing::debug!(
+                        reason = reason.as_str(),
+                        error = error.to_string(),
+                        "connection aborted"
+                    );
+                }
+                return;
+            }
             Step::News(News::Kill) => {
                 let requests = state.in_flight();
                 if requests > 0 {
@@ -207,12 +217,13 @@ async fn serve<I, S, B>(
 }
 
 enum Step {
-    Ended,
+    Ended(Result<(), Box<dyn Error + Send + Sync>>),
     News(News),
     Due,
 }
 
-fn builder(streams: Streams, keep_alive: KeepAlive) -> Builder<Streams> {
+fn builder(streams: Streams, limits: &Limits) -> Builder<Streams> {
+    let Limits { keep_alive, max_streams, .. } = *limits;
     let mut builder = Builder::new(streams);
     builder
         .http1()
@@ -223,7 +234,10 @@ fn builder(streams: Streams, keep_alive: KeepAlive) -> Builder<Streams> {
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(MAX_STREAMS)
+        .max_concurrent_streams(max_streams)
+        // A caller may cancel all of its calls at once; by default twenty cancelled calls that hyper
+        // has not seen yet end the connection, and everybody else's calls with it.
+        .max_pending_accept_reset_streams(Some(max_streams as usize))
         .max_header_list_size(MAX_HEADERS)
         .keep_alive_interval(keep_alive.interval)
         .keep_alive_timeout(keep_alive.timeout)

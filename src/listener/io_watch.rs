@@ -1,4 +1,5 @@
-//! The bytes of a connection, watched: when a head begins to arrive, and whether the peer reads.
+//! The bytes of a connection, watched: when a head begins to arrive, and whether the peer reads. A peer
+//! that cancels requests by the hundred is read more slowly.
 
 use std::{
     io,
@@ -8,7 +9,10 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Sleep, sleep_until},
+};
 
 use super::plan::State;
 
@@ -17,12 +21,13 @@ pin_project! {
         #[pin]
         inner: I,
         state: Arc<State>,
+        pause: Option<Pin<Box<Sleep>>>,
     }
 }
 
 impl<I> Watched<I> {
     pub(super) fn new(inner: I, state: Arc<State>) -> Self {
-        Self { inner, state }
+        Self { inner, state, pause: None }
     }
 }
 
@@ -33,6 +38,12 @@ impl<I: AsyncRead> AsyncRead for Watched<I> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
+        while let Some(until) = this.state.paused_until() {
+            let pause = this.pause.get_or_insert_with(|| Box::pin(sleep_until(until)));
+            ready!(pause.as_mut().poll(cx));
+            *this.pause = None;
+            this.state.resume();
+        }
         let before = buffer.filled().len();
         let result = ready!(this.inner.poll_read(cx, buffer));
         if buffer.filled().len() > before {

@@ -10,14 +10,25 @@ use std::{
 
 use rand::RngExt as _;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
-use super::{Ending, Limits, Phase, requests::InFlight};
+use super::{ConnectionControl, Ending, Limits, Phase, requests::InFlight};
 
 /// When all is to stop: how long a connection without a request in flight may take to notice, or to
 /// send what is on its way. An HTTP/1 client that asks more often than this learns by a response that
 /// its connection ends, instead of sending into one that is being closed.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The part of its age for which an HTTP/2 connection is searched for a moment with nothing in flight
+/// before it is asked to go. h2 0.4.20 ends a connection with PROTOCOL_ERROR on a WINDOW_UPDATE for a
+/// stream that its GOAWAY refused, where RFC 9113 (section 6.8) says to ignore it; with nothing in
+/// flight that harms no other call.
+const QUIET_SEARCH: f64 = 0.1;
+
+/// Cancelled requests after which a connection is not read for the rest of the time below. A cancelled
+/// request costs its caller nothing and the server some microseconds, which is what makes floods of
+/// them worth while.
+const MAX_CANCELS: u32 = 100;
+const CANCELS_WINDOW: Duration = Duration::from_millis(100);
 
 /// How often a connection of which nothing is due is looked at.
 const RARELY: Duration = Duration::from_secs(3600);
@@ -31,8 +42,10 @@ pub(super) struct State {
     /// Whether responses of HTTP/1 are to say `connection: close`.
     closing: AtomicBool,
     write_blocked: AtomicBool,
-    /// See [`Ending::leaving`].
-    pub(super) leaving: Arc<CancellationToken>,
+    /// Whether `Now::paused_until` is set.
+    paused: AtomicBool,
+    /// What the requests share; see [`Ending`].
+    pub(super) connection: Arc<ConnectionControl>,
     now: Mutex<Now>,
 }
 
@@ -52,6 +65,11 @@ struct Now {
     head_since: Since,
     /// Of the last request.
     ending: Option<Ending>,
+    /// Requests that were cancelled since `cancels_since`.
+    cancels: u32,
+    cancels_since: Option<Instant>,
+    /// Until when the connection is not read.
+    paused_until: Option<Instant>,
 }
 
 /// Since when something lasts. The clock is read where a turn of the connection ends, and only for what
@@ -94,11 +112,15 @@ impl State {
             idle_since: Since::Undated,
             head_since: Since::Not,
             ending: None,
+            cancels: 0,
+            cancels_since: None,
+            paused_until: None,
         };
         Self {
             closing: AtomicBool::new(false),
             write_blocked: AtomicBool::new(false),
-            leaving: Arc::default(),
+            paused: AtomicBool::new(false),
+            connection: Arc::default(),
             now: Mutex::new(now),
         }
     }
@@ -139,15 +161,42 @@ impl State {
         now.in_flight += 1;
         (now.idle_since, now.head_since) = (Since::Not, Since::Not);
         now.ending = Some(ending);
-        InFlight(self.clone())
+        InFlight { state: self.clone(), answered: false }
     }
 
-    pub(super) fn request_ended(&self) {
+    pub(super) fn request_ended(&self, cancelled: bool) {
         let mut now = self.now();
+        if cancelled && now.http1 == Some(false) {
+            self.count_cancel(&mut now);
+        }
         now.in_flight -= 1;
         if now.in_flight == 0 {
             now.idle_since.begins();
         }
+    }
+
+    fn count_cancel(&self, now: &mut Now) {
+        let at = Instant::now();
+        let since = now.cancels_since.filter(|since| at < *since + CANCELS_WINDOW);
+        if since.is_none() {
+            (now.cancels, now.cancels_since) = (0, Some(at));
+        }
+        now.cancels += 1;
+        if now.cancels >= MAX_CANCELS {
+            now.paused_until = now.cancels_since.map(|since| since + CANCELS_WINDOW);
+            self.paused.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Until when the connection is not to be read.
+    pub(super) fn paused_until(&self) -> Option<Instant> {
+        if self.paused.load(Ordering::Relaxed) { self.now().paused_until } else { None }
+    }
+
+    /// The connection is read again.
+    pub(super) fn resume(&self) {
+        self.paused.store(false, Ordering::Relaxed);
+        self.now().paused_until = None;
     }
 
     /// How many requests are in flight.
@@ -183,10 +232,13 @@ pub(super) struct Plan {
     state: Arc<State>,
     read_timeout: Duration,
     max_idle: Option<Duration>,
+    overtime: Duration,
     begun: Instant,
-    /// When to ask the connection to go.
+    /// When to ask the connection to go; an HTTP/2 connection with requests in flight, at
+    /// `leave_busy`.
     leave: Option<Instant>,
-    /// When to close it for good.
+    leave_busy: Option<Instant>,
+    /// When to close it once nothing is in flight.
     close: Option<Instant>,
     pub(super) stopping: bool,
     stopping_since: Instant,
@@ -204,9 +256,11 @@ impl Plan {
             state,
             read_timeout: limits.read_timeout,
             max_idle: limits.max_idle,
+            overtime: limits.overtime,
             begun,
             leave: age.map(|age| begun + age),
-            close: age.map(|age| begun + age + limits.overtime),
+            leave_busy: age.map(|age| begun + age.mul_f64(1.0 + QUIET_SEARCH)),
+            close: age.map(|age| begun + age.mul_f64(1.0 + QUIET_SEARCH) + limits.overtime),
             stopping: false,
             stopping_since: begun,
             asked_to_go: false,
@@ -222,11 +276,12 @@ impl Plan {
                 self.state.closing.store(true, Ordering::Relaxed);
                 let spread = until.saturating_duration_since(now);
                 let at = now + spread.mul_f64(rand::rng().random_range(0.0..1.0));
-                self.leave = Some(self.leave.map_or(at, |leave| leave.min(at)));
+                self.leave = sooner(self.leave, Some(at));
+                self.leave_busy = sooner(self.leave_busy, Some(at));
             }
             Phase::Stopping => {
                 self.state.closing.store(true, Ordering::Relaxed);
-                self.leave = Some(now);
+                (self.leave, self.leave_busy) = (Some(now), Some(now));
                 self.stopping = true;
                 self.stopping_since = now;
             }
@@ -246,8 +301,30 @@ impl Plan {
             now.idle_since.date();
         }
         now.head_since.date();
-        let ends = [self.too_late(&now), self.unread(&now), self.idle(&now), self.last_words(&now)];
-        ends.into_iter().fold(sooner(self.leave, self.close), sooner)
+        let due = [
+            self.too_late(&now),
+            self.unread(&now),
+            self.overdue(&now),
+            self.last_words(&now),
+            self.leave(&now),
+            self.idle(&now),
+        ];
+        due.into_iter().fold(None, sooner)
+    }
+
+    /// When to ask the connection to go for its age or for the drain.
+    fn leave(&self, now: &Now) -> Option<Instant> {
+        let busy = now.http1 == Some(false) && now.in_flight > 0;
+        if busy { self.leave_busy } else { self.leave }
+    }
+
+    /// When to close a connection that was asked to go. A request in flight and a response on its way
+    /// keep their own limit, and the response says that the connection ends.
+    fn overdue(&self, now: &Now) -> Option<Instant> {
+        let pending = now.in_flight > 0 || self.state.is_write_blocked();
+        let has_limit = now.http1 == Some(false)
+            || now.ending.as_ref().is_some_and(|ending| ending.limit().is_some());
+        self.close.filter(|_| !(pending && has_limit))
     }
 
     /// By when the first request, or a head that has begun, must have arrived.
@@ -264,9 +341,9 @@ impl Plan {
         ending.and_then(Ending::limit)
     }
 
-    /// By when an idle connection must have asked again.
+    /// When to ask an idle connection to go.
     fn idle(&self, now: &Now) -> Option<Instant> {
-        let is_idle = now.asked && matches!(now.head_since, Since::Not);
+        let is_idle = now.asked && !self.asked_to_go && matches!(now.head_since, Since::Not);
         self.max_idle.filter(|_| is_idle).and_then(|max_idle| Some(now.idle_since.at()? + max_idle))
     }
 
@@ -287,7 +364,8 @@ impl Plan {
     fn ask_to_go(&mut self) {
         self.asked_to_go = true;
         self.state.closing.store(true, Ordering::Relaxed);
-        self.state.leaving.cancel();
+        self.state.connection.leaving.cancel();
+        (self.leave, self.leave_busy) = (None, None);
     }
 
     /// What is to be done now.
@@ -304,13 +382,15 @@ impl Plan {
             (self.told, self.stopping, self.stopping_since) = (true, true, at);
             return Act::RefuseByGoAway;
         }
-        let ends = [self.unread(&now), self.idle(&now), self.close, self.last_words(&now)];
+        if past(self.idle(&now)) {
+            self.ask_to_go();
+            self.close = sooner(self.close, Some(at + self.overtime));
+        } else if past(self.leave(&now)) {
+            self.ask_to_go();
+        }
+        let ends = [self.unread(&now), self.overdue(&now), self.last_words(&now)];
         if ends.into_iter().any(past) {
             return Act::Close;
-        }
-        if past(self.leave) {
-            self.leave = None;
-            self.ask_to_go();
         }
         // An HTTP/1 connection leaves by its next response, and one that has sent nothing yet may be
         // sending its first request.

@@ -11,11 +11,15 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http::{HeaderValue, Request, Response, Version, header};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, Sleep, sleep_until},
+};
 use tokio_util::{sync::WaitForCancellationFutureOwned, task::TaskTracker};
 use tower::Service;
 
@@ -42,7 +46,7 @@ where
     type Future = RequestFuture<S::Future>;
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        let ending = Ending::new(self.state.leaving.clone());
+        let ending = Ending::new(self.state.connection.clone());
         let http1 = request.version() != Version::HTTP_2;
         let counted = self.state.request_came(http1, ending.clone());
         request.extensions_mut().insert(ending.clone());
@@ -54,11 +58,15 @@ where
 
 /// One request in flight, as long as it lives.
 #[derive(Debug)]
-pub(super) struct InFlight(pub(super) Arc<State>);
+pub(super) struct InFlight {
+    pub(super) state: Arc<State>,
+    /// Whether there was a response: without one the request was cancelled.
+    pub(super) answered: bool,
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.request_ended();
+        self.state.request_ended(!self.answered);
     }
 }
 
@@ -82,12 +90,38 @@ where
         let this = self.project();
         let Ok(mut response) = ready!(this.inner.poll(cx));
         this.ending.hold_limit();
-        let counted = this.counted.take();
-        if *this.http1 && counted.as_ref().is_some_and(|counted| counted.0.is_closing()) {
+        let mut counted = this.counted.take();
+        if let Some(counted) = &mut counted {
+            counted.answered = true;
+        }
+        if *this.http1 && counted.as_ref().is_some_and(|counted| counted.state.is_closing()) {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
         }
-        Poll::Ready(Ok(response.map(|inner| Counted { inner, counted })))
+        let after = if *this.http1 { this.ending.take_after_response() } else { None };
+        let rest = Rest { counted, after };
+        Poll::Ready(Ok(response.map(|inner| Counted { inner, _rest: rest })))
+    }
+}
+
+/// What is left of a request once its response is written.
+struct Rest {
+    counted: Option<InFlight>,
+    after: Option<BoxFuture<'static, ()>>,
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        // Outside of a runtime the connection has ended, and with it what is left.
+        if let Some(after) = self.after.take()
+            && let Ok(runtime) = Handle::try_current()
+        {
+            let counted = self.counted.take();
+            runtime.spawn(async move {
+                after.await;
+                drop(counted);
+            });
+        }
     }
 }
 
@@ -96,7 +130,7 @@ pin_project! {
     pub(super) struct Counted<B> {
         #[pin]
         inner: B,
-        counted: Option<InFlight>,
+        _rest: Rest,
     }
 }
 
@@ -134,7 +168,7 @@ where
 {
     fn execute(&self, stream: F) {
         let ending = self.state.take_ending();
-        let ending = ending.unwrap_or_else(|| Ending::new(self.state.leaving.clone()));
+        let ending = ending.unwrap_or_else(|| Ending::new(self.state.connection.clone()));
         self.tracker.spawn(Limited { inner: stream, ending, left: None, timer: None });
     }
 }

@@ -21,9 +21,10 @@ pub(super) struct AskedOrder {
 /// Reads an order.
 ///
 /// # Errors
-/// `WrongContentType`, `TooLarge`, `Malformed`.
+/// `WrongContentType`, `WrongContentEncoding`, `TooLarge`, `Malformed`.
 pub(super) async fn read_order(headers: &HeaderMap, body: Body) -> Result<AskedOrder, Error> {
     expect_json(headers)?;
+    expect_identity(headers)?;
     parse_order(&read(headers, body).await?)
 }
 
@@ -35,6 +36,21 @@ fn expect_json(headers: &HeaderMap) -> Result<(), Error> {
     }
     let given = String::from_utf8_lossy(&given[..given.len().min(64)]);
     Err(Error::WrongContentType(format!("content-type {given:?} given, expected application/json")))
+}
+
+/// A compressed body would be read as malformed JSON.
+fn expect_identity(headers: &HeaderMap) -> Result<(), Error> {
+    let encodings = headers.get_all(header::CONTENT_ENCODING).iter();
+    let mut encodings = encodings.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let other = encodings.find(|encoding| {
+        let encoding = encoding.trim_ascii();
+        !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity")
+    });
+    let Some(other) = other else { return Ok(()) };
+    let given = String::from_utf8_lossy(&other[..other.len().min(64)]);
+    Err(Error::WrongContentEncoding(format!(
+        "content-encoding {given:?} given, expected identity or none"
+    )))
 }
 
 async fn read(headers: &HeaderMap, mut body: Body) -> Result<Bytes, Error> {

@@ -7,7 +7,7 @@ use std::{
 
 use axum::{Router, routing::get as route};
 use order_service::{
-    listener::{self, KEEP_ALIVE, KeepAlive, Limits, OVERTIME, Phase, Shutdown},
+    listener::{self, KEEP_ALIVE, KeepAlive, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown},
     metrics::ConnectionMetrics,
     workers::Workers,
 };
@@ -152,6 +152,7 @@ const LIMITS: Limits = Limits {
     overtime: OVERTIME,
     max_idle: None,
     keep_alive: KEEP_ALIVE,
+    max_streams: MAX_STREAMS,
 };
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::{Router, routing::get as route};
 use order_service::{
-    listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown},
+    listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown},
     metrics::ConnectionMetrics,
     proto::ListRequest,
     workers::Workers,
@@ -200,6 +200,7 @@ async fn connections_that_wait_in_the_backlog_at_the_close_are_served() {
         overtime: OVERTIME,
         max_idle: None,
         keep_alive: KEEP_ALIVE,
+        max_streams: MAX_STREAMS,
     };
     let routes = Router::new().route("/product", route(async || "served"));
     let metrics = ConnectionMetrics::new().unwrap();

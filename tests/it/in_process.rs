@@ -45,6 +45,7 @@ impl InProcess {
             tls: None,
             served_by: ServedBy::new("test", 1),
             revision: "test",
+            open_files: u64::MAX,
             signals: signals.clone(),
         };
         let task = tokio::spawn(async move { app::run(&settings, inputs, extra()).await });

@@ -102,7 +102,7 @@ async fn floods_of_resets_end_their_connections_and_harm_no_other() {
         floods.push(tokio::spawn(async move {
             let mut resets = 0;
             while !over.load(Ordering::Relaxed) {
-                resets += flood(api).await;
+                resets += flood(api, &over).await;
             }
             resets
         }));
@@ -125,12 +125,13 @@ async fn floods_of_resets_end_their_connections_and_harm_no_other() {
     assert!(more < 32e6, "{more}");
 }
 
-/// Resets streams as soon as they are begun, until the server has enough; how many it were.
-async fn flood(api: std::net::SocketAddr) -> usize {
+/// Resets streams as soon as they are begun, until the server has enough or the test is over; returns how
+/// many.
+async fn flood(api: std::net::SocketAddr, over: &AtomicBool) -> usize {
     let (mut client, connection) = h2::client::handshake::<_>(connect(api).await).await.unwrap();
     let connection = tokio::spawn(connection);
     let mut resets = 0;
-    while resets < 100_000 {
+    while resets < 100_000 && !over.load(Ordering::Relaxed) {
         let Ok(ready) = client.ready().await else { break };
         client = ready;
         let (request, _) = place();

@@ -9,7 +9,7 @@ use std::{
 
 use axum::{Router, routing::get};
 use order_service::{
-    listener::{self, KEEP_ALIVE, Limits, OVERTIME, Shutdown, Tls},
+    listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Shutdown, Tls},
     metrics::ConnectionMetrics,
     workers::Workers,
 };
@@ -242,6 +242,7 @@ async fn a_certificate_that_changes_between_the_start_and_the_first_connection_i
         overtime: OVERTIME,
         max_idle: None,
         keep_alive: KEEP_ALIVE,
+        max_streams: MAX_STREAMS,
     };
     let metrics = ConnectionMetrics::new().unwrap();
     let (_phase, shutdown) = Shutdown::new();

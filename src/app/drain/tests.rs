@@ -36,7 +36,7 @@ async fn a_writer_that_ends_by_itself_drains_the_rest_and_is_the_error() {
     let stages = stage.subscribe();
     let running = Running {
         stage,
-        health: tonic_health::server::health_reporter().0,
+        health: crate::health::service().0,
         in_flight: InFlight::new(1),
         api: ApiServer { phase: api_phase, closed, kill, task: listener },
         writers: Some(writers),

@@ -1,5 +1,5 @@
 use super::*;
-use crate::listener::{KEEP_ALIVE, OVERTIME};
+use crate::listener::{KEEP_ALIVE, MAX_STREAMS, OVERTIME};
 
 /// What a connection may do whose age is its only limit, if it has one.
 fn limits(max_age: Option<Duration>) -> Limits {
@@ -10,6 +10,7 @@ fn limits(max_age: Option<Duration>) -> Limits {
         overtime: OVERTIME,
         max_idle: None,
         keep_alive: KEEP_ALIVE,
+        max_streams: MAX_STREAMS,
     }
 }
 
@@ -58,7 +59,7 @@ fn idle_is_who_has_no_request_left_and_from_the_end_of_that_turn() {
     // With the end of all the time for last words begins where a request ended late.
     plan.follow(Phase::Stopping);
     plan.stopping_since -= hour;
-    plan.leave = None;
+    (plan.leave, plan.leave_busy) = (None, None);
     let last = state.request_came(false, Ending::default());
     assert_eq!(plan.turn_ended(), None);
     drop(last);
@@ -71,7 +72,7 @@ fn who_may_be_idle_for_good_ends_after_the_last_words() {
     drop(state.request_came(false, Ending::default()));
     assert_eq!(plan.turn_ended(), None);
     plan.follow(Phase::Stopping);
-    plan.leave = None;
+    (plan.leave, plan.leave_busy) = (None, None);
     let due = plan.turn_ended().unwrap();
     assert!(due > Instant::now() && due <= Instant::now() + LAST_WORDS);
     assert_eq!(plan.turn_ended(), Some(due));

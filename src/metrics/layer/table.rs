@@ -39,8 +39,9 @@ pub(super) const GRPC_CODES: [&str; 17] = [
     "Unauthenticated",
 ];
 
-/// Codes that any request may get: a panic, an overload, a deadline, a caller that went away.
-const ANYWHERE: [u16; 4] = [499, 500, 503, 504];
+/// Codes that any request may get: a bad `Host`, a panic, an overload, a deadline, a caller that went
+/// away.
+const ANYWHERE: [u16; 5] = [400, 499, 500, 503, 504];
 
 /// Beside those: what a method gets that its route does not serve, and what no route gets.
 const UNSERVED: [u16; 1] = [405];

@@ -1,9 +1,10 @@
-//! Reads on where an answer came before the request's body was read: a server that answers early over
-//! HTTP/1 and closes resets the connection, and the answer is lost on its way.
+//! Reads what is left of an HTTP/1 request's body once it was answered early: a server that closes with
+//! unread bytes resets the connection, and the answer is lost on its way.
 
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use axum::{BoxError, body::Body};
@@ -12,33 +13,34 @@ use futures_util::future::{BoxFuture, Either};
 use http::{Request, Response, Version, header};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt as _;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 use tower::{Layer, Service};
 
-use crate::error::Error;
+use crate::{error::Error, listener::Ending};
 
-/// How much of a body that nobody wants is read and thrown away, in bytes, counted from its begin; the
-/// request's deadline bounds the time. Beyond it the connection is closed under the sender.
-const MAX_READ: usize = 8 * 1024 * 1024;
+/// How much of a body is read for nothing, in bytes from its start, and how long after the response
+/// was written. Beyond either the connection is closed under the sender.
+const MAX_DRAIN: usize = 8 * 1024 * 1024;
+const MAX_DRAIN_TIME: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ReadOnLayer;
+pub(super) struct DrainBodyLayer;
 
-impl<S> Layer<S> for ReadOnLayer {
-    type Service = ReadOn<S>;
+impl<S> Layer<S> for DrainBodyLayer {
+    type Service = DrainBody<S>;
 
-    fn layer(&self, inner: S) -> ReadOn<S> {
-        ReadOn { inner }
+    fn layer(&self, inner: S) -> DrainBody<S> {
+        DrainBody { inner }
     }
 }
 
 /// See the [module](self).
 #[derive(Debug, Clone)]
-pub struct ReadOn<S> {
+pub struct DrainBody<S> {
     inner: S,
 }
 
-impl<S, B> Service<Request<B>> for ReadOn<S>
+impl<S, B> Service<Request<B>> for DrainBody<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Error>,
     S::Future: Send + 'static,
@@ -61,8 +63,9 @@ where
         if request.version() == Version::HTTP_2 {
             return Either::Left(self.inner.call(request.map(Body::new)));
         }
-        // Who asks first sends nothing until the body is asked for.
-        let waits = request.headers().contains_key(header::EXPECT);
+        // A client that asks first sends nothing until the body is read.
+        let asks_first = request.headers().contains_key(header::EXPECT);
+        let ending = request.extensions().get::<Ending>().cloned();
         let (back, mut unread) = oneshot::channel();
         let lent =
             |inner| Body::new(Lent { rest: Some(Rest { inner, read: 0 }), back: Some(back) });
@@ -70,10 +73,10 @@ where
         Either::Right(Box::pin(async move {
             let answer = answer.await;
             // A body that is not back yet is still being read, by the response.
-            if let Ok(rest) = unread.try_recv()
-                && !(waits && rest.read == 0)
+            if let (Ok(rest), Some(ending)) = (unread.try_recv(), ending)
+                && !(asks_first && rest.read == 0)
             {
-                rest.read_on().await;
+                ending.after_response(rest.drain());
             }
             answer
         }))
@@ -88,13 +91,17 @@ struct Rest<B> {
 }
 
 impl<B: http_body::Body<Data = Bytes> + Unpin> Rest<B> {
-    async fn read_on(mut self) {
-        while self.read < MAX_READ {
-            match self.inner.frame().await {
-                Some(Ok(frame)) => self.read += frame.data_ref().map_or(0, Bytes::len),
-                Some(Err(_)) | None => return,
+    async fn drain(mut self) {
+        let reading = async {
+            while self.read < MAX_DRAIN {
+                match self.inner.frame().await {
+                    Some(Ok(frame)) => self.read += frame.data_ref().map_or(0, Bytes::len),
+                    Some(Err(_)) | None => return,
+                }
             }
-        }
+        };
+        // Over time or not, the body is dropped now, and the rest is not read.
+        let _ = timeout(MAX_DRAIN_TIME, reading).await;
     }
 }
 

@@ -1,0 +1,258 @@
+//! Which requests are let in: the budgets, and what a request holds of them.
+//!
+//! A request counts as in flight once it is whole, so that bytes which never come hold no permit.
+//! Until then it counts among those that are arriving, which have budgets of their own.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use http::{Request, Version};
+use tokio::time::Instant;
+
+use super::budget::{Asking, Budget};
+use crate::{
+    error::Error,
+    listener::{ConnectionLoad, Ending},
+    metrics::ShedReason,
+};
+
+/// Requests that have not arrived whole.
+const ARRIVING: usize = 4096;
+
+/// Bytes that those hold.
+const ARRIVING_BYTES: usize = 48 * 1024 * 1024;
+
+/// Bytes that a request is counted with besides its body: its stream, its task, the decoder's buffer;
+/// and for each of its header fields.
+const REQUEST_BYTES: usize = 12 * 1024;
+const FIELD_BYTES: usize = 160;
+
+/// Health checks and streams of reflection.
+const PROBES: usize = 256;
+
+/// Health's `Watch` streams: one for each of the default `--max-connections`.
+const WATCHES: usize = 10_000;
+
+/// The budgets of requests, of which the one of requests in flight is set by a flag.
+#[derive(Debug, Clone)]
+pub struct InFlight(Arc<Budgets>);
+
+#[derive(Debug)]
+struct Budgets {
+    in_flight: Budget,
+    arriving: Budget,
+    arriving_bytes: Budget,
+    probes: Budget,
+    watches: Budget,
+    asking: Asking,
+    /// Whether the last request was shed: the begin and the end of such a time are logged, not each
+    /// request in it.
+    shedding: AtomicBool,
+}
+
+impl InFlight {
+    /// None in flight, and at most `max_in_flight`, 1 to a million.
+    pub fn new(max_in_flight: usize) -> Self {
+        Self(Arc::new(Budgets {
+            in_flight: Budget::new(max_in_flight),
+            arriving: Budget::new(ARRIVING),
+            arriving_bytes: Budget::new(ARRIVING_BYTES),
+            probes: Budget::new(PROBES),
+            watches: Budget::new(WATCHES),
+            asking: Asking::new(),
+            shedding: AtomicBool::new(false),
+        }))
+    }
+
+    /// How many requests are in flight.
+    pub fn count(&self) -> usize {
+        self.0.in_flight.taken()
+    }
+
+    /// Lets a whole request in; `connection` is the one that it came on, if there is one.
+    pub(super) fn enter(
+        &self,
+        class: Class,
+        connection: Option<&Ending>,
+        now: Instant,
+    ) -> Result<Permit, Error> {
+        let budgets = &*self.0;
+        let load = connection.map(Ending::load);
+        let asking = load.map_or(1, |load| budgets.asking.note(load, now));
+        let budget = budgets.of(class);
+        let Some(before) = budget.take(1, load.map(|load| own(load, class)), asking) else {
+            if class == Class::Counted && !budgets.shedding.swap(true, Ordering::Relaxed) {
+                let max_in_flight = budget.size();
+                tracing::warn!(max_in_flight, "too many requests in flight: shedding begins");
+            }
+            return Err(Error::Shed(ShedReason::InFlight));
+        };
+        // It is over only once half of the permits are free: at the limit every second one would be
+        // shed and logged.
+        if class == Class::Counted
+            && budgets.shedding.load(Ordering::Relaxed)
+            && before < budget.size() / 2
+            && budgets.shedding.swap(false, Ordering::Relaxed)
+        {
+            tracing::info!("requests are no longer shed");
+        }
+        Ok(Permit { of: self.clone(), class, connection: connection.cloned() })
+    }
+
+    /// Counts a request of which only a part has come.
+    pub(super) fn arrive(
+        &self,
+        fields: usize,
+        connection: Option<&Ending>,
+        now: Instant,
+    ) -> Result<Arrival, Error> {
+        let budgets = &*self.0;
+        let load = connection.map(Ending::load);
+        let asking = load.map_or(1, |load| budgets.asking.note(load, now));
+        let own = load.map(|load| &load.arriving);
+        budgets.arriving.take(1, own, asking).ok_or(Error::Shed(ShedReason::InFlight))?;
+        let mut arrival =
+            Arrival { of: self.clone(), asking, bytes: 0, connection: connection.cloned() };
+        arrival.add(REQUEST_BYTES + fields * FIELD_BYTES)?;
+        Ok(arrival)
+    }
+}
+
+impl Budgets {
+    fn of(&self, class: Class) -> &Budget {
+        match class {
+            Class::Counted => &self.in_flight,
+            Class::Check | Class::Reflection => &self.probes,
+            Class::Watch => &self.watches,
+        }
+    }
+}
+
+fn own(load: &ConnectionLoad, class: Class) -> &AtomicUsize {
+    match class {
+        Class::Counted => &load.in_flight,
+        Class::Check | Class::Reflection => &load.probes,
+        Class::Watch => &load.watches,
+    }
+}
+
+/// By which limits a request is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    /// A call or a request: the business.
+    Counted,
+    /// `Check` of health: an orchestrator must learn that an overloaded server lives.
+    Check,
+    /// `Watch` of health: a stream for as long as its connection.
+    Watch,
+    /// A stream of reflection.
+    Reflection,
+}
+
+impl Class {
+    /// Over HTTP/1, where no gRPC is served, every path is like any other.
+    pub(super) fn of<B>(request: &Request<B>) -> Self {
+        if request.version() != Version::HTTP_2 {
+            return Self::Counted;
+        }
+        match request.uri().path() {
+            "/grpc.health.v1.Health/Watch" => Self::Watch,
+            path if path.starts_with("/grpc.health.v1.") => Self::Check,
+            path if path.starts_with("/grpc.reflection.") => Self::Reflection,
+            _ => Self::Counted,
+        }
+    }
+
+    /// Whether its request is never whole: messages come for as long as it lasts.
+    pub(super) fn is_stream(self) -> bool {
+        self == Self::Reflection
+    }
+
+    /// Whether the deadline holds for it: not for streams that have no end of their own.
+    pub(super) fn has_deadline(self) -> bool {
+        matches!(self, Self::Counted | Self::Check)
+    }
+}
+
+/// One request's place in the budget of its class, as long as it lives. Nobody waits for one, so that
+/// counts are enough: a semaphore takes a lock that all threads share when a permit is given back.
+#[derive(Debug)]
+pub(super) struct Permit {
+    of: InFlight,
+    class: Class,
+    connection: Option<Ending>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let own = self.connection.as_ref().map(|connection| own(connection.load(), self.class));
+        self.of.0.of(self.class).release(1, own);
+    }
+}
+
+/// The place of a request that has not arrived whole, as long as it lives.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    of: InFlight,
+    asking: usize,
+    bytes: usize,
+    connection: Option<Ending>,
+}
+
+impl Arrival {
+    /// Counts more bytes.
+    pub(super) fn add(&mut self, bytes: usize) -> Result<(), Error> {
+        let own = self.connection.as_ref().map(|connection| &connection.load().arriving_bytes);
+        let taken = self.of.0.arriving_bytes.take(bytes, own, self.asking);
+        taken.ok_or(Error::Shed(ShedReason::InFlight))?;
+        self.bytes += bytes;
+        Ok(())
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        let load = self.connection.as_ref().map(Ending::load);
+        self.of.0.arriving.release(1, load.map(|load| &load.arriving));
+        self.of.0.arriving_bytes.release(self.bytes, load.map(|load| &load.arriving_bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(in_flight: &InFlight) -> Result<Permit, Error> {
+        in_flight.enter(Class::Counted, None, Instant::now())
+    }
+
+    #[test]
+    fn permits_are_counted_and_one_too_many_is_shed() {
+        let in_flight = InFlight::new(2);
+        let first = enter(&in_flight).unwrap();
+        let _second = enter(&in_flight).unwrap();
+        assert!(matches!(enter(&in_flight), Err(Error::Shed(ShedReason::InFlight))));
+        assert_eq!(in_flight.count(), 2);
+        drop(first);
+        assert_eq!(in_flight.count(), 1);
+        enter(&in_flight).unwrap();
+    }
+
+    #[test]
+    fn what_arrives_is_given_back_to_both_sides() {
+        let (in_flight, connection) = (InFlight::new(1), Ending::default());
+        let mut arrival = in_flight.arrive(10, Some(&connection), Instant::now()).unwrap();
+        arrival.add(1000).unwrap();
+        let held = REQUEST_BYTES + 10 * FIELD_BYTES + 1000;
+        let load = connection.load();
+        assert_eq!(load.arriving_bytes.load(Ordering::Relaxed), held);
+        assert_eq!(in_flight.0.arriving_bytes.taken(), held);
+        assert!(arrival.add(ARRIVING_BYTES).is_err());
+        drop(arrival);
+        assert_eq!(load.arriving_bytes.load(Ordering::Relaxed), 0);
+        assert_eq!(load.arriving.load(Ordering::Relaxed), 0);
+        assert_eq!((in_flight.0.arriving.taken(), in_flight.0.arriving_bytes.taken()), (0, 0));
+    }
+}
