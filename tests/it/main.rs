@@ -4,6 +4,7 @@
 
 mod admin;
 mod age;
+mod arrivals;
 mod connections;
 mod dashboard;
 mod dashboard_rules;
@@ -17,7 +18,9 @@ mod drain;
 mod durability;
 mod errors;
 mod example;
+mod health;
 mod hostile;
+mod idle;
 mod in_process;
 mod kit;
 mod load;
@@ -25,6 +28,7 @@ mod load_audit;
 mod load_faults;
 mod logins;
 mod logs;
+mod manners;
 mod metrics;
 mod outages;
 mod overload;
