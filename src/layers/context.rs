@@ -268,8 +268,13 @@ fn record_failure<R>(call: &Call, response: &Response<R>) {
     let source = std::error::Error::source(status).and_then(<dyn std::error::Error>::downcast_ref);
     match source {
         Some(error) => record_error(call, format_args!("{:?}", status.code()), error),
-        // tonic's own: a message that cannot be decoded, an unknown method.
-        None => log(Level::INFO, call, format_args!("{:?}", status.code()), status.message()),
+        // tonic's own: the bytes are no message, or a message of an encoding that it does not know.
+        None => {
+            if matches!(status.code(), Code::Internal | Code::Unimplemented) {
+                call.metrics().malformed(call.protocol).inc();
+            }
+            log(Level::INFO, call, format_args!("{:?}", status.code()), status.message());
+        }
     }
 }
 
@@ -280,6 +285,10 @@ fn record_error(call: &Call, code: impl Display, error: &Error) {
         Error::Shed(reason) => {
             call.metrics().shed(call.protocol, *reason).inc();
             Level::DEBUG
+        }
+        Error::Malformed(_) | Error::UnknownCodec(_) | Error::NotACall(_) => {
+            call.metrics().malformed(call.protocol).inc();
+            Level::INFO
         }
         Error::StoreUnavailable | Error::CallerGone => Level::DEBUG,
         _ => Level::INFO,

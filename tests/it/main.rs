@@ -28,6 +28,7 @@ mod load_audit;
 mod load_faults;
 mod logins;
 mod logs;
+mod malformed;
 mod manners;
 mod metrics;
 mod outages;
