@@ -4,12 +4,14 @@
 
 mod admin;
 mod age;
+mod attacks;
 mod connections;
 mod dashboard;
 mod dashboard_rules;
 mod dashboard_values;
 mod database;
 mod database_start;
+mod descriptors;
 mod discovery;
 mod disk_full;
 mod documents;
