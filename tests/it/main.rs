@@ -5,6 +5,7 @@
 mod admin;
 mod age;
 mod attacks;
+mod cancels;
 mod connections;
 mod dashboard;
 mod dashboard_rules;
@@ -19,6 +20,7 @@ mod drain;
 mod durability;
 mod errors;
 mod example;
+mod goaway;
 mod hostile;
 mod in_process;
 mod kit;
