@@ -5,22 +5,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{Router, routing::get as route};
+use axum::{Extension, Router, routing::get as route};
 use order_service::{
-    listener::{self, KEEP_ALIVE, KeepAlive, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown},
+    listener::{
+        self, Ending, KEEP_ALIVE, KeepAlive, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown,
+    },
     metrics::ConnectionMetrics,
     workers::Workers,
 };
 use tokio::{
+    io::AsyncWriteExt as _,
     net::TcpListener,
     sync::watch,
     task::{JoinHandle, JoinSet},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
     peers::{
-        DATA, GOAWAY, PING, closed, connect, frame, frames, get, place, silent_for,
+        DATA, GOAWAY, PING, closed, connect, frame, frames, get, place, response, silent_for,
         unacknowledging, with_window,
     },
     support::{PATIENCE, Process},
@@ -136,13 +139,21 @@ impl Listening {
         let api = socket.local_addr().unwrap();
         let routes = Router::new()
             .route("/product", route(async || "served"))
-            .route("/hang", route(std::future::pending::<()>));
+            .route("/hang", route(std::future::pending::<()>))
+            .route("/slow", route(slow));
         let metrics = ConnectionMetrics::new().unwrap();
         let (phase, shutdown) = Shutdown::new();
         let serving =
             listener::serve(socket, Workers::here(), None, routes, limits, metrics, shutdown);
         Self { api, _phase: phase, _serving: tokio::spawn(serving) }
     }
+}
+
+/// Takes its time, and has a limit of its own, as all requests of the program have.
+async fn slow(Extension(ending): Extension<Ending>) -> &'static str {
+    ending.set_response_limit(tokio::time::Instant::now() + PATIENCE);
+    sleep(Duration::from_millis(1500)).await;
+    "served"
 }
 
 const LIMITS: Limits = Limits {
@@ -184,8 +195,34 @@ async fn a_peer_that_acknowledges_nothing_goes_after_its_overtime() {
     // An HTTP/1 request that is never answered does not hold it either.
     let mut stuck = connect(server.api).await;
     let request = b"GET /hang HTTP/1.1\r\nhost: x\r\n\r\n";
-    tokio::io::AsyncWriteExt::write_all(&mut stuck, request).await.unwrap();
+    stuck.write_all(request).await.unwrap();
     closed(&mut stuck).await;
+}
+
+/// Its client cannot know that the connection is old before it is told.
+#[tokio::test]
+async fn a_request_on_an_old_http_1_connection_is_answered_however_old_and_an_idle_one_is_closed() {
+    let (age, overtime) = (Duration::from_millis(300), Duration::from_millis(600));
+    let limits = Limits { max_age: Some(age), overtime, ..LIMITS };
+    let server = Listening::start(limits).await;
+    let begun = Instant::now();
+    let (mut early, mut late, mut idle) =
+        (connect(server.api).await, connect(server.api).await, connect(server.api).await);
+    let request = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n";
+    early.write_all(request).await.unwrap();
+    for peer in [&mut late, &mut idle] {
+        assert!(get(peer).await.starts_with("http/1.1 200"));
+    }
+    // The age of the connection.
+    sleep(age * 2).await;
+    late.write_all(request).await.unwrap();
+    closed(&mut idle).await;
+    assert!(begun.elapsed() >= (age + overtime).mul_f64(0.9), "{:?}", begun.elapsed());
+    for peer in [&mut early, &mut late] {
+        let head = timeout(PATIENCE, response(peer)).await.unwrap();
+        assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{head}");
+        closed(peer).await;
+    }
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use bytes::Bytes;
 use order_service::proto::PlaceRequest;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     time::timeout,
 };
@@ -24,9 +24,19 @@ pub const GET_FRAME: &[u8] = b"\0\0\x0f\x01\x05\0\0\0\x01\x82\x86\x04\x08/produc
 /// Types of frames.
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
+pub const PRIORITY: u8 = 2;
 pub const RST_STREAM: u8 = 3;
+pub const SETTINGS_FRAME: u8 = 4;
 pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
+
+/// Flags of frames.
+pub const END_STREAM: u8 = 1;
+pub const ACK: u8 = 1;
+pub const END_HEADERS: u8 = 4;
+pub const PADDED: u8 = 8;
 
 pub async fn connect(api: SocketAddr) -> TcpStream {
     TcpStream::connect(api).await.unwrap()
@@ -71,15 +81,79 @@ pub async fn unacknowledging(api: SocketAddr) -> TcpStream {
     peer
 }
 
-/// The type of the next frame; `None` at the end.
-pub async fn frame(stream: &mut TcpStream) -> Option<u8> {
+/// One HTTP/2 frame.
+#[derive(Debug)]
+pub struct Frame {
+    pub kind: u8,
+    pub flags: u8,
+    pub stream: u32,
+    pub payload: Vec<u8>,
+}
+
+impl Frame {
+    /// The last stream and the error code of a GOAWAY.
+    pub fn goaway(&self) -> (u32, u32) {
+        let number = |at| u32::from_be_bytes(self.payload[at..at + 4].try_into().unwrap());
+        (number(0), number(4))
+    }
+}
+
+/// Reads the next frame; `None` at the end.
+pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Option<Frame> {
     let mut head = [0; 9];
     let read = timeout(PATIENCE, stream.read_exact(&mut head)).await;
     read.expect("the server sends a frame or closes the connection").ok()?;
     let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
     let mut payload = vec![0; length as usize];
     stream.read_exact(&mut payload).await.ok()?;
-    Some(head[3])
+    let id = u32::from_be_bytes(head[5..].try_into().unwrap());
+    Some(Frame { kind: head[3], flags: head[4], stream: id, payload })
+}
+
+/// The type of the next frame; `None` at the end.
+pub async fn frame(stream: &mut TcpStream) -> Option<u8> {
+    read_frame(stream).await.map(|frame| frame.kind)
+}
+
+/// A frame as it is sent.
+pub fn raw_frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let head = [&length[1..], &[kind, flags], &stream.to_be_bytes()];
+    [&head.concat(), payload].concat()
+}
+
+/// A header field of a header block, which neither indexes nor compresses it (RFC 7541, section 6.2.2).
+pub fn field(name: &str, value: &str) -> Vec<u8> {
+    let mut field = vec![0];
+    for text in [name, value] {
+        // A length of 127 or more goes on in groups of seven bits (section 5.1).
+        match text.len().checked_sub(127) {
+            None => field.push(u8::try_from(text.len()).unwrap()),
+            Some(mut rest) => {
+                field.push(127);
+                while rest >= 128 {
+                    field.push(u8::try_from(rest % 128).unwrap() | 128);
+                    rest /= 128;
+                }
+                field.push(u8::try_from(rest).unwrap());
+            }
+        }
+        field.extend(text.bytes());
+    }
+    field
+}
+
+/// The header block of a gRPC request.
+pub fn grpc_head(path: &str) -> Vec<u8> {
+    [
+        // `:method: POST` and `:scheme: http` of the static table.
+        b"\x83\x86".to_vec(),
+        field(":path", path),
+        field(":authority", "x"),
+        field("content-type", "application/grpc"),
+        field("te", "trailers"),
+    ]
+    .concat()
 }
 
 /// The types of all frames to the end of the connection.
@@ -115,10 +189,18 @@ pub fn place() -> (http::Request<()>, Bytes) {
 /// Begins a call; its response is not read before the future is polled.
 pub async fn call(
     client: &mut h2::client::SendRequest<Bytes>,
-    (request, body): (http::Request<()>, Bytes),
+    request: (http::Request<()>, Bytes),
 ) -> h2::client::ResponseFuture {
-    *client = client.clone().ready().await.unwrap();
-    let (answer, mut stream) = client.send_request(request, false).unwrap();
-    stream.send_data(body, true).unwrap();
-    answer
+    try_call(client, request).await.unwrap()
+}
+
+/// The same on a connection that may end.
+pub async fn try_call(
+    client: &mut h2::client::SendRequest<Bytes>,
+    (request, body): (http::Request<()>, Bytes),
+) -> Result<h2::client::ResponseFuture, h2::Error> {
+    *client = client.clone().ready().await?;
+    let (answer, mut stream) = client.send_request(request, false)?;
+    stream.send_data(body, true)?;
+    Ok(answer)
 }

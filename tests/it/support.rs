@@ -35,6 +35,20 @@ pub fn server_command(args: &[&str]) -> Command {
     command
 }
 
+/// Replaces a command's program by other words; arguments and environment stay.
+pub fn run_as(command: &mut Command, words: &[&str]) {
+    let mut other = Command::new(words[0]);
+    other.args(&words[1..]).args(command.as_std().get_args());
+    for (name, value) in command.as_std().get_envs() {
+        match value {
+            Some(value) => other.env(name, value),
+            None => other.env_remove(name),
+        };
+    }
+    other.stdin(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    *command = other;
+}
+
 /// A running server process.
 #[derive(Debug)]
 pub struct Process {
