@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    layers::deadline_of,
+    layers::{ResponseSize, deadline_of},
     order,
     orders::{ListOrders, Orders, PlaceOrder},
     proto::{
@@ -18,6 +18,9 @@ use crate::{
 
 /// Longest request message, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
+
+/// What an order of a list holds in memory at most, in bytes: the message, and its text.
+const ORDER_BYTES: usize = 256;
 
 /// The service, ready to be routed.
 pub fn service(orders: Orders) -> OrderServiceServer<impl OrderService> {
@@ -54,10 +57,14 @@ impl OrderService for Grpc {
         let ListRequest { page_size, page_token } = request.get_ref();
         let list = ListOrders { page_size: Ok((*page_size).into()), page_token };
         let page = self.orders.list(list, deadline(&request)).await?;
-        Ok(Response::new(ListResponse {
+        let response = ListResponse {
             orders: page.orders.into_iter().map(Into::into).collect(),
             next_page_token: page.next_page_token,
-        }))
+        };
+        let size = response.orders.len() * ORDER_BYTES;
+        let mut response = Response::new(response);
+        response.extensions_mut().insert(ResponseSize(size as u64));
+        Ok(response)
     }
 }
 

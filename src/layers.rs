@@ -29,6 +29,7 @@ pub use self::{
     admission::InFlight,
     context::ServedBy,
     deadline::{READING, deadline_of},
+    shed::ResponseSize,
     speaks::GrpcServices,
     until_leaving::{StreamLimits, UntilLeaving},
 };

@@ -42,7 +42,7 @@ mod tls;
 
 pub use self::{
     aborts::caller_is_gone,
-    load::ConnectionLoad,
+    load::{ConnectionLoad, RequestLoad},
     tls::{Tls, TlsError},
 };
 
@@ -129,15 +129,30 @@ struct EndingShared {
     connection: Arc<ConnectionControl>,
     limit: OnceLock<Instant>,
     limit_holds: AtomicBool,
+    load: RequestLoad,
     after_response: Mutex<Option<AfterResponse>>,
 }
 
 /// What the requests of one connection share.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct ConnectionControl {
     leaving: CancellationToken,
     load: ConnectionLoad,
+    on_unread: OnceLock<OnUnread>,
 }
+
+impl fmt::Debug for ConnectionControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectionControl").field("load", &self.load).finish_non_exhaustive()
+    }
+}
+
+/// Called once for a response over HTTP/2 that its peer does not read at once. What it returns lives as
+/// long as the response; without it the response is cut off.
+pub type OnUnread = Arc<dyn Fn(&Ending) -> Option<Unread> + Send + Sync>;
+
+/// What an unread response holds.
+pub type Unread = Box<dyn Send>;
 
 /// Runs once the response is written.
 struct AfterResponse(BoxFuture<'static, ()>);
@@ -162,6 +177,25 @@ impl Ending {
     /// What the request's connection holds of the budgets that all connections share.
     pub fn load(&self) -> &ConnectionLoad {
         &self.0.connection.load
+    }
+
+    /// What the request itself holds of them.
+    pub fn request_load(&self) -> &RequestLoad {
+        &self.0.load
+    }
+
+    /// Sets what decides about responses of this connection that its peer does not read, unless it is
+    /// set already.
+    pub fn set_on_unread(&self, make: impl FnOnce() -> OnUnread) {
+        self.0.connection.on_unread.get_or_init(make);
+    }
+
+    /// What the response holds while its peer does not read it; `None` if it must not wait.
+    fn leave_unread(&self) -> Option<Unread> {
+        match self.0.connection.on_unread.get() {
+            Some(on_unread) => on_unread(self),
+            None => Some(Box::new(())),
+        }
     }
 
     /// Sets what runs once the response of this HTTP/1 request is written, before the connection

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::budget::{Asking, Budget};
 use crate::{
     error::Error,
-    listener::{ConnectionLoad, Ending},
+    listener::{ConnectionLoad, Ending, RequestLoad, Unread},
     metrics::ShedReason,
 };
 
@@ -28,6 +28,14 @@ const ARRIVING_BYTES: usize = 48 * 1024 * 1024;
 /// and for each of its header fields.
 const REQUEST_BYTES: usize = 12 * 1024;
 const FIELD_BYTES: usize = 160;
+
+/// Bytes of responses that their peers have not read. Such a response is not in flight any more: a peer
+/// that reads nothing would hold every permit.
+const UNREAD_BYTES: usize = 48 * 1024 * 1024;
+
+/// What an unread response is counted with, if its size is not known: its stream, its task, the
+/// encoder's buffer.
+const RESPONSE_BYTES: usize = 16 * 1024;
 
 /// Health checks and streams of reflection.
 const PROBES: usize = 256;
@@ -44,6 +52,7 @@ struct Budgets {
     in_flight: Budget,
     arriving: Budget,
     arriving_bytes: Budget,
+    unread_bytes: Budget,
     probes: Budget,
     watches: Budget,
     asking: Asking,
@@ -59,6 +68,7 @@ impl InFlight {
             in_flight: Budget::new(max_in_flight),
             arriving: Budget::new(ARRIVING),
             arriving_bytes: Budget::new(ARRIVING_BYTES),
+            unread_bytes: Budget::new(UNREAD_BYTES),
             probes: Budget::new(PROBES),
             watches: Budget::new(WATCHES),
             asking: Asking::new(),
@@ -98,7 +108,35 @@ impl InFlight {
         {
             tracing::info!("requests are no longer shed");
         }
+        if let Some(connection) = connection {
+            if class != Class::Counted {
+                connection.request_load().state.store(EXEMPT, Ordering::Relaxed);
+            }
+            connection.set_on_unread(|| {
+                let of = self.clone();
+                Arc::new(move |request| of.leave_unread(request))
+            });
+        }
         Ok(Permit { of: self.clone(), class, connection: connection.cloned() })
+    }
+
+    /// A response that its peer does not read gives its permit back, and its bytes are counted; `None`
+    /// if there is no room for them.
+    fn leave_unread(&self, request: &Ending) -> Option<Unread> {
+        let load = request.request_load();
+        let state = load.state.load(Ordering::Relaxed);
+        if matches!(state, EXEMPT | PRODUCING) {
+            return Some(Box::new(()));
+        }
+        let (budgets, connection) = (&*self.0, request.load());
+        let asking = budgets.asking.note(connection, Instant::now());
+        let bytes = load.response_bytes.load(Ordering::Relaxed).max(RESPONSE_BYTES);
+        budgets.unread_bytes.take(bytes, Some(&connection.unread_bytes), asking)?;
+        if state == ANSWERED {
+            load.state.store(RELEASED, Ordering::Relaxed);
+            budgets.in_flight.release(1, Some(&connection.in_flight));
+        }
+        Some(Box::new(UnreadResponse { of: self.clone(), bytes, request: request.clone() }))
     }
 
     /// Counts a request of which only a part has come.
@@ -185,8 +223,45 @@ pub(super) struct Permit {
     connection: Option<Ending>,
 }
 
+/// States of a request's [`RequestLoad`], which begins with 0: it has budgets of its own, so that
+/// nothing here concerns it; its response is there, and it is in flight; the same, and its handler still
+/// makes the response; its permit was given back.
+const EXEMPT: u8 = 1;
+const ANSWERED: u8 = 2;
+const PRODUCING: u8 = 3;
+const RELEASED: u8 = 4;
+
+impl Permit {
+    /// There is a response of so many bytes, if that is known.
+    pub(super) fn answered(&self, bytes: Option<u64>) {
+        if let Some(load) = self.request_load() {
+            let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or_default();
+            load.response_bytes.store(bytes, Ordering::Relaxed);
+            load.state.store(ANSWERED, Ordering::Relaxed);
+        }
+    }
+
+    /// The rest of the response is being made, or not any more.
+    pub(super) fn set_producing(&self, producing: bool) {
+        let (from, to) = if producing { (ANSWERED, PRODUCING) } else { (PRODUCING, ANSWERED) };
+        if let Some(load) = self.request_load() {
+            let _ = load.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    fn request_load(&self) -> Option<&RequestLoad> {
+        let counted = self.class == Class::Counted;
+        self.connection.as_ref().filter(|_| counted).map(Ending::request_load)
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
+        if let Some(load) = self.request_load()
+            && load.state.swap(RELEASED, Ordering::Relaxed) == RELEASED
+        {
+            return;
+        }
         let own = self.connection.as_ref().map(|connection| own(connection.load(), self.class));
         self.of.0.of(self.class).release(1, own);
     }
@@ -217,6 +292,19 @@ impl Drop for Arrival {
         let load = self.connection.as_ref().map(Ending::load);
         self.of.0.arriving.release(1, load.map(|load| &load.arriving));
         self.of.0.arriving_bytes.release(self.bytes, load.map(|load| &load.arriving_bytes));
+    }
+}
+
+/// A response that its peer has not read, as long as it lives.
+struct UnreadResponse {
+    of: InFlight,
+    bytes: usize,
+    request: Ending,
+}
+
+impl Drop for UnreadResponse {
+    fn drop(&mut self) {
+        self.of.0.unread_bytes.release(self.bytes, Some(&self.request.load().unread_bytes));
     }
 }
 

@@ -9,6 +9,10 @@ use tokio::time::Instant;
 
 use crate::listener::ConnectionLoad;
 
+/// From this size on a budget keeps its last places for connections that hold no more than a part of
+/// it that is this small.
+const LARGE: usize = 256;
+
 /// A number of places.
 #[derive(Debug)]
 pub(super) struct Budget {
@@ -30,11 +34,11 @@ impl Budget {
     }
 
     /// Takes places for a connection that holds `own` of them, while `asking` connections ask; returns
-    /// how many were taken before.
-    ///
-    /// While others ask, no connection gets more than a quarter of the places, and the last quarter
-    /// goes only to connections that hold less than an equal part: however many connections take all
-    /// they can get, one that holds nothing finds room.
+    /// how many were taken before. Three rules keep room for connections that hold little:
+    /// - while others ask, a connection gets no more than a quarter of the places;
+    /// - the last quarter is for connections that hold less than an equal part;
+    /// - of a large budget the last sixteenth is for connections that hold next to nothing, however many
+    ///   others come at once.
     pub(super) fn take(
         &self,
         places: usize,
@@ -44,14 +48,19 @@ impl Budget {
         let holds = own.map_or(0, |own| own.load(Ordering::Relaxed));
         // A connection that holds nothing may always take what it asks for.
         let within = |share: usize| holds == 0 || holds + places <= share;
-        let reserve = self.size / 4;
-        if asking > 1 && !within(reserve) {
+        let quarter = self.size / 4;
+        if asking > 1 && !within(quarter) {
             return None;
         }
-        let equal_part = self.size / asking.max(1);
+        // Rounded up, so that connections which ask for the same may take all of it together.
+        let equal_part = self.size.div_ceil(asking.max(1));
+        let last = if self.size >= LARGE { self.size / 16 } else { 0 };
+        let little = self.size / LARGE;
         let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
             let after = taken.checked_add(places).filter(|after| *after <= self.size)?;
-            (self.size - after >= reserve || within(equal_part)).then_some(after)
+            let left = self.size - after;
+            let may = (left >= quarter || within(equal_part)) && (left >= last || within(little));
+            may.then_some(after)
         });
         if let (Ok(_), Some(own)) = (taken, own) {
             own.fetch_add(places, Ordering::Relaxed);
@@ -159,26 +168,41 @@ mod tests {
     }
 
     #[test]
-    fn however_many_are_greedy_one_that_holds_nothing_finds_room() {
-        for connections in [4, 5, 20, 100, 1000] {
+    fn whatever_connections_take_at_once_others_find_room() {
+        // As if each were the first to ask, and as if all had asked before.
+        for asking in [1, 2, 5, 21, 1001] {
             let budget = Budget::new(1024);
-            let greedy: Vec<_> = (0..connections).map(|_| AtomicUsize::new(0)).collect();
-            for _ in 0..300 {
-                for own in &greedy {
-                    budget.take(1, Some(own), connections + 1);
+            for _ in 0..1000 {
+                let greedy = AtomicUsize::new(0);
+                for _ in 0..300 {
+                    budget.take(1, Some(&greedy), asking);
+                }
+                if budget.size - budget.taken() <= 64 {
+                    break;
                 }
             }
-            let polite = AtomicUsize::new(0);
-            assert!(budget.take(1, Some(&polite), connections + 1).is_some(), "{connections}");
+            for _ in 0..16 {
+                let polite = AtomicUsize::new(0);
+                assert!(
+                    (0..4).all(|_| budget.take(1, Some(&polite), asking).is_some()),
+                    "{asking}"
+                );
+            }
+            assert_eq!(budget.taken(), 1024);
         }
     }
 
     #[test]
-    fn four_connections_share_all_of_it() {
-        let budget = Budget::new(1024);
-        for _ in 0..4 {
-            let own = AtomicUsize::new(0);
-            assert!((0..256).all(|_| budget.take(1, Some(&own), 4).is_some()));
+    fn connections_that_ask_for_the_same_share_all_of_it() {
+        for (size, connections) in [(200, 4), (64, 10), (40, 7), (3, 3), (1000, 999)] {
+            let budget = Budget::new(size);
+            let each: Vec<_> = (0..connections).map(|_| AtomicUsize::new(0)).collect();
+            for _ in 0..size {
+                for own in &each {
+                    budget.take(1, Some(own), connections);
+                }
+            }
+            assert_eq!(budget.taken(), size, "{connections}");
         }
     }
 

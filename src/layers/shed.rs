@@ -10,7 +10,7 @@ use std::{
 use axum::body::Body;
 use bytes::Bytes;
 use http::{Method, Request, Response};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
 use tower::{Layer, Service};
@@ -122,7 +122,11 @@ where
                 }
                 let response = ready!(polled)?;
                 let permit = permit.take();
-                Poll::Ready(Ok(response.map(|inner| Held { inner, permit })))
+                if let Some(permit) = &permit {
+                    let size = response.extensions().get().map(|ResponseSize(bytes)| *bytes);
+                    permit.answered(size.or_else(|| response.body().size_hint().exact()));
+                }
+                Poll::Ready(Ok(response.map(|inner| Held { inner, permit, producing: false })))
             }
             ShedProjection::Refused { error } => {
                 Poll::Ready(Err(error.take().expect("a future is not polled after its end")))
@@ -131,16 +135,22 @@ where
     }
 }
 
+/// Bytes of a response whose body does not say so: in its extensions, if its handler knows.
+#[derive(Debug, Clone, Copy)]
+pub struct ResponseSize(pub u64);
+
 /// A response's body and the permit of its request.
 #[derive(Debug)]
 pub struct Held {
     inner: Body,
     permit: Option<Permit>,
+    /// Whether the handler was still making the body when it was polled last.
+    producing: bool,
 }
 
 impl From<Body> for Held {
     fn from(inner: Body) -> Self {
-        Self { inner, permit: None }
+        Self { inner, permit: None, producing: false }
     }
 }
 
@@ -152,7 +162,14 @@ impl http_body::Body for Held {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        if polled.is_pending() != self.producing {
+            self.producing = polled.is_pending();
+            if let Some(permit) = &self.permit {
+                permit.set_producing(self.producing);
+            }
+        }
+        let frame = ready!(polled);
         if self.inner.is_end_stream() || !matches!(frame, Some(Ok(_))) {
             self.permit = None;
         }

@@ -160,6 +160,7 @@ async fn serve<I, S, B>(
             if let Poll::Ready(Some(news)) = news.poll_next_unpin(cx) {
                 return Poll::Ready(Step::News(news));
             }
+            state.begin_turn();
             if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
                 return Poll::Ready(Step::Ended(ended));
             }

@@ -1,5 +1,5 @@
 //! The bytes of a connection, watched: when a head begins to arrive, and whether the peer reads. A peer
-//! that cancels requests by the hundred is read more slowly.
+//! that cancels requests by the hundred is read more slowly, and none is read for long at a time.
 
 use std::{
     io,
@@ -43,6 +43,10 @@ impl<I: AsyncRead> AsyncRead for Watched<I> {
             ready!(pause.as_mut().poll(cx));
             *this.pause = None;
             this.state.resume();
+        }
+        if !this.state.is_readable() {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
         let before = buffer.filled().len();
         let result = ready!(this.inner.poll_read(cx, buffer));

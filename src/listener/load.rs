@@ -1,6 +1,6 @@
-//! What one connection holds of the budgets that all connections share.
+//! What connections and requests hold of the budgets that all connections share.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize};
 
 /// Counters of one connection. The middleware counts its requests here; the listener only keeps them
 /// for the life of the connection and hands them to each request. They begin at 0.
@@ -12,6 +12,8 @@ pub struct ConnectionLoad {
     pub arriving: AtomicUsize,
     /// Bytes that those hold.
     pub arriving_bytes: AtomicUsize,
+    /// Bytes of responses that its peer has not read.
+    pub unread_bytes: AtomicUsize,
     /// Probes: health checks, and streams of reflection.
     pub probes: AtomicUsize,
     /// Streams of health's `Watch`.
@@ -19,4 +21,13 @@ pub struct ConnectionLoad {
     /// The second in which a request came last, counted by whoever shares the budgets; 0 before the
     /// first.
     pub last_asked: AtomicU32,
+}
+
+/// The same of one request.
+#[derive(Debug, Default)]
+pub struct RequestLoad {
+    /// What it holds; 0 until there is a response.
+    pub state: AtomicU8,
+    /// Bytes that its response holds as long as it is not read.
+    pub response_bytes: AtomicUsize,
 }

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -30,6 +30,10 @@ const QUIET_SEARCH: f64 = 0.1;
 const MAX_CANCELS: u32 = 100;
 const CANCELS_WINDOW: Duration = Duration::from_millis(100);
 
+/// Bytes that are read from a connection before others have their turn: some thousand of the smallest
+/// frames, which is a flood's way to keep its thread busy.
+const READ_TURN: usize = 32 * 1024;
+
 /// How often a connection of which nothing is due is looked at.
 const RARELY: Duration = Duration::from_secs(3600);
 
@@ -44,6 +48,8 @@ pub(super) struct State {
     write_blocked: AtomicBool,
     /// Whether `Now::paused_until` is set.
     paused: AtomicBool,
+    /// Bytes that may yet be read in this turn.
+    readable: AtomicUsize,
     /// What the requests share; see [`Ending`].
     pub(super) connection: Arc<ConnectionControl>,
     now: Mutex<Now>,
@@ -120,6 +126,7 @@ impl State {
             closing: AtomicBool::new(false),
             write_blocked: AtomicBool::new(false),
             paused: AtomicBool::new(false),
+            readable: AtomicUsize::new(READ_TURN),
             connection: Arc::default(),
             now: Mutex::new(now),
         }
@@ -131,6 +138,9 @@ impl State {
     }
 
     pub(super) fn bytes_came(&self, bytes: &[u8]) {
+        // Only the connection's own task reads it.
+        let readable = self.readable.load(Ordering::Relaxed).saturating_sub(bytes.len());
+        self.readable.store(readable, Ordering::Relaxed);
         let mut now = self.now();
         if now.http1.is_none()
             && let Some(rest) = now.preface
@@ -186,6 +196,16 @@ impl State {
             now.paused_until = now.cancels_since.map(|since| since + CANCELS_WINDOW);
             self.paused.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// A turn of the connection begins.
+    pub(super) fn begin_turn(&self) {
+        self.readable.store(READ_TURN, Ordering::Relaxed);
+    }
+
+    /// Whether the connection may be read on in this turn.
+    pub(super) fn is_readable(&self) -> bool {
+        self.readable.load(Ordering::Relaxed) > 0
     }
 
     /// Until when the connection is not to be read.

@@ -23,7 +23,7 @@ use tokio::{
 use tokio_util::{sync::WaitForCancellationFutureOwned, task::TaskTracker};
 use tower::Service;
 
-use super::{Ending, plan::State};
+use super::{Ending, Unread, plan::State};
 
 /// How long the peer of a stream without a limit may take to read its last messages, once the
 /// connection was asked to go.
@@ -169,7 +169,13 @@ where
     fn execute(&self, stream: F) {
         let ending = self.state.take_ending();
         let ending = ending.unwrap_or_else(|| Ending::new(self.state.connection.clone()));
-        self.tracker.spawn(Limited { inner: stream, ending, left: None, timer: None });
+        self.tracker.spawn(Limited {
+            inner: stream,
+            ending,
+            left: None,
+            timer: None,
+            unread: None,
+        });
     }
 }
 
@@ -185,6 +191,7 @@ pin_project! {
         left: Option<WaitForCancellationFutureOwned>,
         #[pin]
         timer: Option<Sleep>,
+        unread: Option<Unread>,
     }
 }
 
@@ -200,7 +207,14 @@ impl<F: Future> Future for Limited<F> {
             let ending = this.ending;
             let at = match ending.limit() {
                 Some(_) if !ending.limit_holds() => return Poll::Pending,
-                Some(at) => at,
+                // There is a response, and it could not be written at once.
+                Some(at) => match ending.leave_unread() {
+                    Some(unread) => {
+                        *this.unread = Some(unread);
+                        at
+                    }
+                    None => return Poll::Ready(()),
+                },
                 None => {
                     if this.left.is_none() {
                         this.left.set(Some(ending.leaving().cancelled_owned()));
