@@ -22,6 +22,7 @@ use self::{
 use crate::support::Process;
 
 mod floods;
+mod held_streams;
 mod hostile_peer;
 mod http1;
 mod http2_calls;
@@ -38,7 +39,8 @@ pub const RATE: u64 = 10_000_000;
 pub struct Attack {
     /// How many connections it has at a time.
     connections: usize,
-    /// How many times [`RATE`] a short run sends, for attacks that need their bytes to pile up.
+    /// How many times [`RATE`] a short run sends, for an attack that needs its bytes to pile up; such a
+    /// one also has a start of the polite callers.
     haste: u64,
     calls: &'static [Call],
     /// Misbehaves on one connection to its end.
@@ -75,6 +77,9 @@ impl Attack {
                 runtime.block_on(over.run_until_cancelled(self.go_on(&peer)));
             }
         });
+        if self.haste > 1 {
+            peer.has_sent(2 * MAX_BYTES).await;
+        }
         let outcome = polite.call(server.api, server.admin, self.calls).await;
         let peak_bytes = peak_bytes(server.id());
         over.cancel();
@@ -96,8 +101,7 @@ impl Attack {
 
     async fn is_withstood(self) {
         let server = Process::start("sqlite::memory:", &[]).await;
-        let calls = if self.haste > 1 { 60 } else { 40 };
-        let polite = Polite { calls, every: Duration::from_millis(50) };
+        let polite = Polite { calls: 40, every: Duration::from_millis(50) };
         let report = self.run(&server, polite, RATE * self.haste).await;
         println!("{report}");
         assert!(report.outcome.lost.is_empty(), "{report:#?}");
@@ -169,12 +173,9 @@ attacks! {
     health_checks_of_4_kib_that_lack_their_last_byte: Attack::new(|peer| {
         Calls::grpc(CHECK).body(Body::lacking(4096, 1)).run(peer)
     }).in_haste(),
-    health_watches_with_long_queries: Attack::new(|peer| {
-        Calls::grpc(WATCH).query(15_000).body(Body::message(&[])).run(peer)
-    }).in_haste(),
-    health_watches_with_long_header_fields: Attack::new(|peer| {
-        Calls::grpc(WATCH).fields(3, 5000).body(Body::message(&[])).run(peer)
-    }).in_haste(),
+    health_watches_with_long_queries: Attack::new(held_streams::watches_with_long_queries).in_haste(),
+    health_watches_with_long_header_fields: Attack::new(held_streams::watches_with_long_fields)
+        .in_haste(),
     reflection_of_4_mib_hosts_that_is_not_read: Attack::new(|peer| {
         let host = http2_calls::reflection_of_host(LONGEST - 100);
         Calls::grpc(REFLECTION).body(Body::repeated(&host)).at_a_time(64).unread().run(peer)
@@ -199,9 +200,10 @@ attacks! {
     json_of_64_kib_that_lacks_its_last_byte: Attack::new(|peer| {
         Calls::http("POST", "/product").body(Body::lacking_json(LONGEST_PLACE, 1)).run(peer)
     }).in_haste(),
-    places_with_500_header_fields_without_a_body: Attack::new(|peer| {
-        Calls::grpc(PLACE).fields(440, 1).body(Body::None).run(peer)
-    }),
+    places_with_440_header_fields_without_a_body: Attack::new(held_streams::places_with_many_fields)
+        .in_haste(),
+    places_without_a_body_between_large_unknown_frames: Attack::new(held_streams::pinning_places)
+        .in_haste(),
     places_whose_responses_are_not_read: Attack::new(|peer| {
         Calls::grpc(PLACE).body(Body::message(b"\n\x04book")).unread().run(peer)
     }),
@@ -215,8 +217,8 @@ attacks! {
     json_lists_of_1000_orders_that_are_not_read: Attack::new(|peer| {
         Calls::http("GET", "/orders?page_size=1000").unread().after_orders(60).run(peer)
     }),
-    lists_that_are_read_byte_by_byte: Attack::new(|peer| {
-        Calls::http("GET", "/orders?page_size=1000").window(1).after_orders(60).run(peer)
+    lists_that_are_read_in_small_pieces: Attack::new(|peer| {
+        Calls::http("GET", "/orders?page_size=1000").window(300).after_orders(60).run(peer)
     }),
 
     rapid_resets: Attack::new(floods::rapid_resets),
@@ -232,7 +234,6 @@ attacks! {
     data_frames_of_one_byte_between_large_unknown_frames: Attack::new(floods::pinning_data)
         .in_haste(),
     padded_data_frames: Attack::new(floods::padded_data),
-    heads_without_a_body_between_large_unknown_frames: Attack::new(floods::pinning_heads),
     header_blocks_over_the_limit: Attack::new(floods::oversized_heads),
     header_blocks_that_unpack_to_megabytes: Attack::new(floods::header_bombs),
 

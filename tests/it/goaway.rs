@@ -11,7 +11,7 @@ use crate::{
         ACK, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PING, PREFACE, SETTINGS,
         WINDOW_UPDATE, connect, grpc_head, raw_frame, read_frame,
     },
-    support::{Process, framed},
+    support::{PATIENCE, Process, framed},
 };
 
 /// PROTOCOL_ERROR (RFC 9113, section 7).
@@ -27,7 +27,8 @@ fn place(stream: u32) -> Vec<u8> {
 
 /// Reads the next frame, and acknowledges it if it is a PING: the last GOAWAY waits for that.
 async fn next(peer: &mut TcpStream) -> Option<Frame> {
-    let frame = read_frame(peer).await?;
+    let frame = timeout(PATIENCE, read_frame(peer)).await;
+    let frame = frame.expect("the server sends a frame or closes the connection")?;
     if frame.kind == PING && frame.flags & ACK == 0 {
         peer.write_all(&raw_frame(PING, ACK, 0, &frame.payload)).await.ok()?;
     }

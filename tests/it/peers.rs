@@ -101,8 +101,7 @@ impl Frame {
 /// Reads the next frame; `None` at the end.
 pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Option<Frame> {
     let mut head = [0; 9];
-    let read = timeout(PATIENCE, stream.read_exact(&mut head)).await;
-    read.expect("the server sends a frame or closes the connection").ok()?;
+    stream.read_exact(&mut head).await.ok()?;
     let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
     let mut payload = vec![0; length as usize];
     stream.read_exact(&mut payload).await.ok()?;
@@ -112,7 +111,8 @@ pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Option<Frame> 
 
 /// The type of the next frame; `None` at the end.
 pub async fn frame(stream: &mut TcpStream) -> Option<u8> {
-    read_frame(stream).await.map(|frame| frame.kind)
+    let read = timeout(PATIENCE, read_frame(stream)).await;
+    read.expect("the server sends a frame or closes the connection").map(|frame| frame.kind)
 }
 
 /// A frame as it is sent.

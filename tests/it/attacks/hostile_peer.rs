@@ -71,6 +71,20 @@ impl HostilePeer {
         Ok(Paced { number, inner, pace: self.pace.clone(), pause: Box::pin(sleep(Duration::ZERO)) })
     }
 
+    /// Waits until so many bytes were sent, no more of them are taken, or a while has passed.
+    pub async fn has_sent(&self, bytes: u64) {
+        let (mut last, mut idle) = (0, 0);
+        for _ in 0..50 {
+            sleep(Duration::from_millis(100)).await;
+            let sent = self.wire().sent;
+            idle = if sent == last { idle + 1 } else { 0 };
+            last = sent;
+            if sent >= bytes || idle > 5 {
+                return;
+            }
+        }
+    }
+
     pub fn wire(&self) -> Wire {
         Wire {
             connections: self.pace.connections.load(Ordering::Relaxed),

@@ -186,24 +186,6 @@ impl Calls {
         self.window(0)
     }
 
-    /// Adds a query of this many bytes.
-    pub fn query(mut self, bytes: usize) -> Self {
-        let uri = format!("{}?{}", self.request.uri(), "q".repeat(bytes));
-        *self.request.uri_mut() = uri.parse().unwrap();
-        self
-    }
-
-    /// Adds header fields with values of this many bytes. Of sixty names, so that a block that repeats
-    /// them is short.
-    pub fn fields(mut self, count: usize, bytes: usize) -> Self {
-        for number in 0..count {
-            let name = http::HeaderName::try_from(format!("x{}", number % 60)).unwrap();
-            let value = "v".repeat(bytes).try_into().unwrap();
-            self.request.headers_mut().append(name, value);
-        }
-        self
-    }
-
     pub fn gzip(mut self) -> Self {
         self.request.headers_mut().insert("accept-encoding", "gzip".try_into().unwrap());
         self
@@ -226,6 +208,8 @@ impl Calls {
     async fn on_connection(self, peer: &HostilePeer) -> Ended {
         let mut builder = h2::client::Builder::new();
         builder.initial_window_size(self.window).initial_max_send_streams(STREAMS);
+        // Its size is also how many small frames h2's client bears.
+        builder.initial_connection_window_size(16 << 20);
         let (client, connection) = builder.handshake(peer.connect().await?).await?;
         let calls = Arc::new(self);
         let mut streams = JoinSet::new();
