@@ -181,14 +181,11 @@ mod tests {
                     break;
                 }
             }
-            for _ in 0..16 {
-                let polite = AtomicUsize::new(0);
-                assert!(
-                    (0..4).all(|_| budget.take(1, Some(&polite), asking).is_some()),
-                    "{asking}"
-                );
+            let left = budget.size - budget.taken();
+            assert!(left >= 24, "{asking}: {left}");
+            for _ in 0..left {
+                assert!(budget.take(1, Some(&AtomicUsize::new(0)), asking).is_some(), "{asking}");
             }
-            assert_eq!(budget.taken(), 1024);
         }
     }
 

@@ -30,9 +30,9 @@ const QUIET_SEARCH: f64 = 0.1;
 const MAX_CANCELS: u32 = 100;
 const CANCELS_WINDOW: Duration = Duration::from_millis(100);
 
-/// Bytes that are read from a connection before others have their turn: some thousand of the smallest
+/// Bytes that are read from a connection before others have their turn: hundreds of the smallest
 /// frames, which is a flood's way to keep its thread busy.
-const READ_TURN: usize = 32 * 1024;
+const READ_TURN: usize = 8 * 1024;
 
 /// How often a connection of which nothing is due is looked at.
 const RARELY: Duration = Duration::from_secs(3600);
