@@ -15,7 +15,7 @@ use crate::{
     config::Settings,
     layers::{InFlight, READING, ServedBy, Stack},
     listener::{self, KEEP_ALIVE, Limits, OVERTIME, Phase, Shutdown, Tls},
-    metrics::{ConnectionMetrics, Metrics, layer::Metered},
+    metrics::{ConnectionMetrics, LogMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
     workers::Workers,
 };
@@ -37,6 +37,8 @@ pub struct Inputs {
     pub revision: &'static str,
     /// When to end, and when to end at once.
     pub signals: Signals,
+    /// The log's metrics.
+    pub log: LogMetrics,
 }
 
 /// The two ways in which the process is told to end.
@@ -62,8 +64,9 @@ pub enum Ended {
 /// # Errors
 /// If the store cannot be opened, or a listener or the store's writers end by themselves.
 pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::Result<Ended> {
-    let Inputs { api, admin, tls, served_by, revision, signals } = inputs;
+    let Inputs { api, admin, tls, served_by, revision, signals, log } = inputs;
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), revision)?;
+    metrics.watch_log(log)?;
     let threads =
         settings.worker_threads.or_else(|| thread::available_parallelism().ok().map(NonZero::get));
     let workers = Workers::start(threads.unwrap_or(1)).context("the worker threads")?;

@@ -138,7 +138,7 @@ async fn a_server_that_never_comes_is_given_up_after_30_s() {
     assert_eq!(service.exited().await.code(), Some(1));
     assert!(begun.elapsed() >= Duration::from_secs(29), "{:?}", begun.elapsed());
     let log = service.log();
-    let last = log.last().unwrap()["message"].as_str().unwrap().to_owned();
+    let last = log.last().unwrap()["cause"].as_str().unwrap().to_owned();
     assert!(last.contains("database.invalid"), "{last}");
     assert!(last.contains("not ready within 30 s"), "{last}");
     // Each new reason is a line, not each try.
