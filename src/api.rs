@@ -11,7 +11,7 @@ use tower::Layer as _;
 use crate::{
     config::Settings,
     grpc,
-    layers::{self, GrpcServices, InFlight, ServedBy, Stack, UntilLeaving},
+    layers::{self, FailureLog, GrpcServices, InFlight, ServedBy, Stack, UntilLeaving},
     metrics::{
         Metrics, MetricsError,
         layer::{Metered, MetricsLayer, Recording, Route, services},
@@ -50,6 +50,8 @@ pub struct Api {
     pub service: Metered<Stack<Router>>,
     /// Sets what health answers under [`HEALTH_NAMES`].
     pub health: HealthReporter,
+    /// Logs the failed requests.
+    pub failure_log: FailureLog,
 }
 
 /// Builds the API over a store; it holds the store's queue open for as long as it lives.
@@ -109,6 +111,8 @@ pub async fn build(
         .merge(extra.routes)
         .fallback(layers::no_such_route);
     let timeout = settings.request_timeout;
-    let stack = layers::stack(router, services, in_flight, timeout, served_by, requests);
-    Ok(Api { service: layer.layer(stack), health })
+    let failure_log = FailureLog::new(requests.clone());
+    let log = failure_log.clone();
+    let stack = layers::stack(router, services, in_flight, timeout, served_by, requests, log);
+    Ok(Api { service: layer.layer(stack), health, failure_log })
 }

@@ -110,7 +110,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
 
     let in_flight = InFlight::new(settings.max_in_flight);
     metrics.requests.in_flight_limit.set(settings.max_in_flight.try_into().unwrap_or(i64::MAX));
-    let Api { service, health } =
+    let Api { service, health, failure_log } =
         api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
             .await
             .context("the API's metrics")?;
@@ -128,7 +128,11 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
 
     let running =
         Running { stage, health, in_flight, api, writers: Some(writers), admin, _workers: workers };
-    running.until_drained(settings, &signals).await
+    let reporting = tokio::spawn(failure_log.clone().report_omitted());
+    let ended = running.until_drained(settings, &signals).await;
+    reporting.abort();
+    failure_log.report_now();
+    ended
 }
 
 /// Everything that is to be ended, in the order of [`drain`].

@@ -16,6 +16,7 @@ use crate::{
 
 mod context;
 mod deadline;
+mod failure_log;
 mod read_on;
 mod recover;
 mod shed;
@@ -25,6 +26,7 @@ mod until_leaving;
 pub use self::{
     context::ServedBy,
     deadline::{READING, deadline_of},
+    failure_log::FailureLog,
     shed::InFlight,
     speaks::GrpcServices,
     until_leaving::UntilLeaving,
@@ -53,10 +55,11 @@ pub fn stack<S>(
     request_timeout: Duration,
     served_by: ServedBy,
     metrics: Arc<RequestMetrics>,
+    failure_log: FailureLog,
 ) -> Stack<S> {
     ServiceBuilder::new()
         // Names the request, and logs every failure of what is inside under that name.
-        .layer(ContextLayer::new(served_by, metrics))
+        .layer(ContextLayer::new(served_by, metrics, failure_log))
         // Turns panics and the errors of the layers below into answers in the caller's protocol.
         .layer(RecoverLayer)
         // Before any work: whoever is one too many learns it at once.

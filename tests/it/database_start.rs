@@ -49,7 +49,8 @@ async fn what_no_waiting_mends_is_refused_at_once_in_one_line() {
     assert!(line.contains("postgres:***@127.0.0.1") && !line.contains("wr0ng"), "{line}");
 
     let line = refusal(&other_database(&server.url())).await;
-    assert!(line.contains("database \"orders\" does not exist"), "{line}");
+    // The text format quotes the cause, and the quotes in it.
+    assert!(line.contains(r#"database \"orders\" does not exist"#), "{line}");
 
     let clerk = format!("CREATE ROLE clerk LOGIN PASSWORD '{PASSWORD}'");
     server.connect().await.execute(sqlx::AssertSqlSafe(clerk)).await.unwrap();

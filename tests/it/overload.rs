@@ -13,10 +13,11 @@ use bytes::Bytes;
 use order_service::proto::{ListRequest, PlaceRequest};
 use tokio::time::timeout;
 use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
 use tonic_types::StatusExt as _;
 
 use crate::{
-    peers::{call, connect, place, with_window},
+    peers::{call, connect, grpc, place, with_window},
     support::{PATIENCE, Page, Process, scrape_until},
 };
 
@@ -64,6 +65,37 @@ async fn a_shed_answer_that_nobody_reads_is_reset_and_recorded_too() {
     assert!(end.await.expect("the response is cut off").unwrap_err().is_reset());
     scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
     drop(held);
+}
+
+#[tokio::test]
+async fn a_stream_that_stays_open_keeps_nothing_of_its_headers() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let memory = |page: &Page| page.value("process_resident_memory_bytes", &[]);
+    let mut open = Vec::new();
+    let mut watch = async |query: &str, trace: &str| {
+        // A client refuses many small messages on one connection.
+        let mut clients = Vec::new();
+        for _ in 0..10 {
+            clients.push(with_window(server.api, 65_535).await);
+        }
+        for n in 0..250 {
+            let client = &mut clients[n % 10];
+            let path = format!("/grpc.health.v1.Health/Watch?{n}{query}");
+            let (mut request, body) = grpc(&path, &HealthCheckRequest::default());
+            request.headers_mut().insert("traceparent", trace.parse().unwrap());
+            open.push(call(client, (request, body)).await.await.unwrap());
+        }
+        memory(&server.scrape().await)
+    };
+    // The memory of streams without long headers, once buffers are allocated.
+    watch("", "").await;
+    let plain = -watch("", "").await + watch("", "").await;
+    let (query, trace) = ("q".repeat(7_000), "t".repeat(7_000));
+    watch(&query, &trace).await;
+    let long = -watch(&query, &trace).await + watch(&query, &trace).await;
+    let each = (long - plain) / 250.0;
+    println!("{each} bytes of headers of each stream: {plain}, {long}");
+    assert!(each < 4_096.0, "{each} bytes of headers of each stream: {plain}, {long}");
 }
 
 /// Clients that are refused together must not come back together.
