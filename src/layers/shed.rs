@@ -18,7 +18,7 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 use tower::{Layer, Service};
 
-use super::{deadline::READING, is_exempt};
+use super::{deadline::READING, failure_log::Limit, is_exempt};
 use crate::{error::Error, listener::Ending, metrics::ShedReason};
 
 /// The limit of requests in flight, and how many there are.
@@ -32,13 +32,17 @@ struct Shared {
     /// Whether the last request was shed: the begin and the end of such a time are logged, not each
     /// request in it.
     shedding: AtomicBool,
+    /// Whether the begin was logged, and the end must be.
+    begin_logged: AtomicBool,
+    /// A stranger can make shedding begin and end many times a second.
+    lines: Limit,
 }
 
 impl InFlight {
     /// None in flight, and at most `max_in_flight`, 1 to a million.
     pub fn new(max_in_flight: usize) -> Self {
-        let (count, shedding) = Default::default();
-        Self(Arc::new(Shared { count, max_in_flight, shedding }))
+        let (count, shedding, begin_logged, lines) = Default::default();
+        Self(Arc::new(Shared { count, max_in_flight, shedding, begin_logged, lines }))
     }
 
     /// How many requests are in flight.
@@ -47,10 +51,11 @@ impl InFlight {
     }
 
     fn enter(&self) -> Result<Permit, Error> {
-        let Shared { count, max_in_flight, shedding } = &*self.0;
+        let Shared { count, max_in_flight, shedding, begin_logged, lines } = &*self.0;
         let one_more = |count| (count < *max_in_flight).then_some(count + 1);
         let Ok(before) = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) else {
-            if !shedding.swap(true, Ordering::Relaxed) {
+            if !shedding.swap(true, Ordering::Relaxed) && lines.admits() {
+                begin_logged.store(true, Ordering::Relaxed);
                 tracing::warn!(max_in_flight, "too many requests in flight: shedding begins");
             }
             return Err(Error::Shed(ShedReason::InFlight));
@@ -60,6 +65,7 @@ impl InFlight {
         if shedding.load(Ordering::Relaxed)
             && before < max_in_flight / 2
             && shedding.swap(false, Ordering::Relaxed)
+            && begin_logged.swap(false, Ordering::Relaxed)
         {
             tracing::info!("requests are no longer shed");
         }

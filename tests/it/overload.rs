@@ -11,12 +11,14 @@ use std::{
 
 use bytes::Bytes;
 use order_service::proto::{ListRequest, PlaceRequest};
+use rustix::process::Signal;
 use tokio::time::timeout;
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_types::StatusExt as _;
 
 use crate::{
+    logs::{are_apart, times},
     peers::{call, connect, grpc, place, with_window},
     support::{PATIENCE, Page, Process, scrape_until},
 };
@@ -65,6 +67,34 @@ async fn a_shed_answer_that_nobody_reads_is_reset_and_recorded_too() {
     assert!(end.await.expect("the response is cut off").unwrap_err().is_reset());
     scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
     drop(held);
+}
+
+#[tokio::test]
+async fn overload_that_comes_and_goes_does_not_fill_the_log() {
+    let args = ["--max-in-flight", "2", "--processing-delay", "5ms"];
+    let mut server = Process::start("sqlite::memory:", &args).await;
+    let mut client = with_window(server.api, 65_535).await;
+    for _ in 0..60 {
+        let mut calls = Vec::new();
+        for _ in 0..4 {
+            calls.push(call(&mut client, place()).await);
+        }
+        // A request returns its permit at the end of its response.
+        for answer in calls {
+            let mut body = answer.await.unwrap().into_body();
+            while body.data().await.is_some() {}
+        }
+    }
+    let shed = server.scrape().await.sum("requests_shed_total", &[]);
+    assert!(shed >= 40.0, "{shed}");
+    server.signal(Signal::TERM);
+    assert_eq!(server.exited().await.code(), Some(0));
+    let log = server.log();
+    let with = |text| log.iter().filter(move |line| line["message"] == text);
+    let begun = times(with("too many requests in flight: shedding begins"));
+    let ended = with("requests are no longer shed").count();
+    assert!(begun.len() >= 10 && are_apart(&begun, 10), "{log:?}");
+    assert!(ended == begun.len() || ended + 1 == begun.len(), "{log:?}");
 }
 
 #[tokio::test]
