@@ -11,7 +11,9 @@ use crate::{
     config::Settings,
     grpc,
     health::{self, HealthReporter},
-    layers::{self, GrpcServices, InFlight, ServedBy, Stack, StreamLimits, UntilLeaving},
+    layers::{
+        self, FailureLog, GrpcServices, InFlight, ServedBy, Stack, StreamLimits, UntilLeaving,
+    },
     metrics::{
         Metrics, MetricsError,
         layer::{Metered, MetricsLayer, Recording, Route, services},
@@ -55,6 +57,8 @@ pub struct Api {
     pub service: Metered<Stack<Router>>,
     /// Sets what health answers.
     pub health: HealthReporter,
+    /// Logs the failed requests.
+    pub failure_log: FailureLog,
 }
 
 /// Builds the API over a store; it holds the store's queue open for as long as it lives.
@@ -116,6 +120,8 @@ pub fn build(
         .merge(extra.routes)
         .fallback(layers::no_such_route);
     let timeout = settings.request_timeout;
-    let stack = layers::stack(router, services, in_flight, timeout, served_by, requests);
-    Ok(Api { service: layer.layer(stack), health })
+    let failure_log = FailureLog::new(requests.clone());
+    let log = failure_log.clone();
+    let stack = layers::stack(router, services, in_flight, timeout, served_by, requests, log);
+    Ok(Api { service: layer.layer(stack), health, failure_log })
 }

@@ -16,7 +16,7 @@ use crate::{
     health::HealthReporter,
     layers::{InFlight, ServedBy, Stack},
     listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown, Tls},
-    metrics::{ConnectionMetrics, Metrics, layer::Metered},
+    metrics::{ConnectionMetrics, LogMetrics, Metrics, layer::Metered},
     store::{Store, StoreHealth, Writers},
     workers::Workers,
 };
@@ -40,6 +40,8 @@ pub struct Inputs {
     pub open_files: u64,
     /// When to end, and when to end at once.
     pub signals: Signals,
+    /// The log's metrics.
+    pub log: LogMetrics,
 }
 
 /// The two ways in which the process is told to end.
@@ -65,8 +67,9 @@ pub enum Ended {
 /// # Errors
 /// If the store cannot be opened, or a listener or the store's writers end by themselves.
 pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::Result<Ended> {
-    let Inputs { api, admin, tls, served_by, revision, open_files, signals } = inputs;
+    let Inputs { api, admin, tls, served_by, revision, open_files, signals, log } = inputs;
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), revision)?;
+    metrics.watch_log(log)?;
     let threads =
         settings.worker_threads.or_else(|| thread::available_parallelism().ok().map(NonZero::get));
     let threads = threads.unwrap_or(1);
@@ -111,7 +114,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
 
     let in_flight = InFlight::new(settings.max_in_flight);
     metrics.requests.in_flight_limit.set(settings.max_in_flight.try_into().unwrap_or(i64::MAX));
-    let Api { service, health } =
+    let Api { service, health, failure_log } =
         api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
             .context("the API's metrics")?;
     let limits = api_limits(settings, open_files, threads);
@@ -129,7 +132,11 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
 
     let running =
         Running { stage, health, in_flight, api, writers: Some(writers), admin, _workers: workers };
-    running.until_drained(settings, &signals).await
+    let reporting = tokio::spawn(failure_log.clone().report_omitted());
+    let ended = running.until_drained(settings, &signals).await;
+    reporting.abort();
+    failure_log.report_now();
+    ended
 }
 
 /// Everything that is to be ended, in the order of [`drain`].

@@ -19,6 +19,7 @@ mod budget;
 mod context;
 mod deadline;
 mod drain_body;
+mod failure_log;
 mod recover;
 mod request_body;
 mod shed;
@@ -29,6 +30,7 @@ pub use self::{
     admission::InFlight,
     context::ServedBy,
     deadline::{READING, deadline_of},
+    failure_log::FailureLog,
     shed::ResponseSize,
     speaks::GrpcServices,
     until_leaving::{StreamLimits, UntilLeaving},
@@ -57,10 +59,11 @@ pub fn stack<S>(
     request_timeout: Duration,
     served_by: ServedBy,
     metrics: Arc<RequestMetrics>,
+    failure_log: FailureLog,
 ) -> Stack<S> {
     ServiceBuilder::new()
         // Names the request, and logs every failure of what is inside under that name.
-        .layer(ContextLayer::new(served_by, metrics))
+        .layer(ContextLayer::new(served_by, metrics, failure_log))
         // Turns panics and the errors of the layers below into answers in the caller's protocol.
         .layer(RecoverLayer)
         // Before any work: whoever is one too many learns it at once.

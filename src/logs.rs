@@ -1,6 +1,9 @@
-//! The form and the level of the log lines.
+//! The form and the level of the log lines, and the thread that writes them.
 
-use std::io::stderr;
+use std::{
+    io::{self, stderr},
+    time::Duration,
+};
 
 use tracing::{
     Subscriber,
@@ -8,19 +11,60 @@ use tracing::{
 };
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter, util::SubscriberInitExt as _};
 
-use crate::config::LogFormat;
+use self::writer::LogWriter;
+use crate::{config::LogFormat, metrics::LogMetrics};
+
+pub mod writer;
 
 /// Without the driver's lines of what the database server says to each connection: the store tells an
 /// outage once.
 const DEFAULT: [&str; 2] = ["info", "sqlx::postgres::notice=off"];
 
-/// Starts logging to stderr; `filter` is the value of `RUST_LOG`, see [`subscriber`].
-///
-/// # Errors
-/// One line that names the value, if it is no filter.
-pub fn start(format: LogFormat, filter: Option<&str>) -> Result<(), String> {
-    subscriber(format, filter, stderr)?.init();
-    Ok(())
+/// Limit of the flush when the process ends: stderr may be a pipe that nobody reads.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// The log of the process. On drop it flushes its last lines, for at most a second.
+#[derive(Debug)]
+#[must_use = "on drop it flushes its last lines"]
+pub struct Log {
+    writer: LogWriter,
+    metrics: LogMetrics,
+}
+
+/// Why the log cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum NoLog {
+    /// One line that names the value of `RUST_LOG`, which is no filter.
+    #[error("{0}")]
+    BadFilter(String),
+    /// The writer's thread cannot be spawned.
+    #[error("the log's thread cannot be spawned: {0}")]
+    NoThread(#[from] io::Error),
+}
+
+impl Log {
+    /// Starts logging to stderr; `filter` is the value of `RUST_LOG`, see [`subscriber`]. From then on
+    /// only the log's thread may use stderr: it holds stderr's lock for as long as a write blocks.
+    ///
+    /// # Errors
+    /// See [`NoLog`].
+    pub fn start(format: LogFormat, filter: Option<&str>) -> Result<Self, NoLog> {
+        let metrics = LogMetrics::new();
+        let writer = LogWriter::start(stderr(), metrics.lines_dropped.clone())?;
+        subscriber(format, filter, writer.clone()).map_err(NoLog::BadFilter)?.init();
+        Ok(Self { writer, metrics })
+    }
+
+    /// The handles of the log's families.
+    pub fn metrics(&self) -> LogMetrics {
+        self.metrics.clone()
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.writer.flush(FLUSH_LIMIT);
+    }
 }
 
 /// What writes the log lines. `filter` is a level such as `debug`, or levels of targets such as
@@ -38,7 +82,11 @@ where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     let filter = read_filter(filter.unwrap_or_default())?;
-    let lines = tracing_subscriber::fmt().with_writer(writer).with_env_filter(filter);
+    let lines = tracing_subscriber::fmt()
+        .with_writer(writer)
+        // They are reported with `eprintln!`, which panics if stderr is broken.
+        .log_internal_errors(false)
+        .with_env_filter(filter);
     Ok(match format {
         LogFormat::Text => Box::new(lines.with_ansi(false).finish()),
         LogFormat::Json => Box::new(lines.json().flatten_event(true).finish()),

@@ -10,8 +10,10 @@ use order_service::{
     config::Settings,
     layers::ServedBy,
     listener::Tls,
-    logs, panics,
-    usage::NoArguments,
+    logs::{Log, NoLog},
+    metrics::LogMetrics,
+    panics,
+    usage::{self, NoArguments},
 };
 use tokio::{
     net::TcpListener,
@@ -21,17 +23,28 @@ use tokio::{
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+const PROGRAM: &str = "order-service";
+
 fn main() -> ExitCode {
     let (settings, tls) = match read_settings() {
         Ok(read) => read,
-        Err(refused) => return refused.tell("order-service"),
+        Err(refused) => return refused.tell(PROGRAM),
+    };
+    // Dropped last, so that it flushes on every way out.
+    let log = match start_log(&settings) {
+        Ok(log) => log,
+        Err(NoLog::BadFilter(line)) => return NoArguments::BadUsage(line).tell(PROGRAM),
+        Err(error @ NoLog::NoThread(_)) => {
+            usage::report(PROGRAM, &error.to_string());
+            return ExitCode::FAILURE;
+        }
     };
     panics::log_panics();
-    match run(&settings, tls) {
+    match run(&settings, tls, log.metrics()) {
         Ok(Ended::Drained) => ExitCode::SUCCESS,
         Ok(Ended::CutOff) => ExitCode::from(3),
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!(cause = format!("{error:#}"), "ended by a failure");
             ExitCode::FAILURE
         }
     }
@@ -39,8 +52,6 @@ fn main() -> ExitCode {
 
 fn read_settings() -> Result<(Settings, Option<Tls>), NoArguments> {
     let settings = Settings::read(env::args_os())?;
-    let filter = env::var_os("RUST_LOG").map(|filter| filter.to_string_lossy().into_owned());
-    logs::start(settings.log_format, filter.as_deref()).map_err(NoArguments::BadUsage)?;
     let tls = match (&settings.tls_cert, &settings.tls_key) {
         (Some(cert), Some(key)) => Some(Tls::load(cert, key, settings.tls_client_ca.as_deref())),
         _ => None,
@@ -49,7 +60,12 @@ fn read_settings() -> Result<(Settings, Option<Tls>), NoArguments> {
     Ok((settings, tls))
 }
 
-fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
+fn start_log(settings: &Settings) -> Result<Log, NoLog> {
+    let filter = env::var_os("RUST_LOG").map(|filter| filter.to_string_lossy().into_owned());
+    Log::start(settings.log_format, filter.as_deref())
+}
+
+fn run(settings: &Settings, tls: Option<Tls>, log: LogMetrics) -> anyhow::Result<Ended> {
     let open_files = rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
     // The first of the worker threads is this one; the library starts the others.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -63,6 +79,7 @@ fn run(settings: &Settings, tls: Option<Tls>) -> anyhow::Result<Ended> {
             revision: option_env!("ORDER_SERVICE_REVISION").unwrap_or("unknown"),
             open_files,
             signals: signals()?,
+            log,
         };
         app::run(settings, inputs, Extra::default()).await
     });
@@ -75,9 +92,15 @@ async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("{flag} {address}: cannot listen"))
 }
 
+/// Its number on Linux (x86-64, ARM, RISC-V), macOS and the BSDs.
+const SIGXFSZ: i32 = 25;
+
 /// The first SIGTERM or SIGINT asks for a drain, the second for an end.
 fn signals() -> anyhow::Result<Signals> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Unhandled, it ends the process when a log or database file reaches RLIMIT_FSIZE; handled, the write
+    // fails as it does on a full disk.
+    let _ = signal(SignalKind::from_raw(SIGXFSZ))?;
     let signals = Signals::default();
     let told = signals.clone();
     tokio::spawn(async move {

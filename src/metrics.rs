@@ -77,6 +77,14 @@ impl Metrics {
         Ok(Self { registry, store, connections, requests })
     }
 
+    /// Adds the log's families.
+    ///
+    /// # Errors
+    /// If it was called before.
+    pub fn watch_log(&self, log: LogMetrics) -> Result<(), MetricsError> {
+        registered(&self.registry, log.lines_dropped).map(|_| ())
+    }
+
     /// Adds `tokio_*`, of the runtimes that serve connections.
     ///
     /// # Errors
@@ -87,6 +95,29 @@ impl Metrics {
     ) -> Result<(), MetricsError> {
         let runtimes = runtimes::RuntimesCollector::new(runtimes.into_iter().collect())?;
         Ok(self.registry.register(Box::new(runtimes))?)
+    }
+}
+
+/// The handles of the log's families. The log starts before there is a registry; [`Metrics::watch_log`]
+/// registers them.
+#[derive(Debug, Clone)]
+pub struct LogMetrics {
+    /// `log_lines_dropped_total`.
+    pub lines_dropped: IntCounter,
+}
+
+impl LogMetrics {
+    /// Handles of families that are in no registry yet.
+    pub fn new() -> Self {
+        let help = "Log lines lost to a full queue or a failed write.";
+        let lines_dropped = IntCounter::new("log_lines_dropped_total", help);
+        Self { lines_dropped: lines_dropped.expect("the name is valid") }
+    }
+}
+
+impl Default for LogMetrics {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

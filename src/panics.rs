@@ -1,5 +1,5 @@
 //! Panics of requests: told once, in the log's form and with the request they belong to, where the
-//! standard hook would print them to stderr as they please.
+//! standard hook would print them to stderr as they please, and wait for it.
 //!
 //! Depends on nothing of ours.
 
@@ -16,12 +16,14 @@ thread_local! {
 }
 
 /// From now on, panics that [`contained`] will report are noted, all others are logged. For `main`
-/// alone: the hook is the process's.
+/// alone: the hook is the process's. It must never panic, which would abort the process; the log does
+/// not, whatever stderr is.
 pub fn log_panics() {
     set_hook(Box::new(|info: &PanicHookInfo<'_>| {
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         if CONTAINED.get() {
-            PLACE.set(Some(place));
+            // Fails while the thread ends; the panic is then logged without its place.
+            let _ = PLACE.try_with(|noted| noted.replace(Some(place)));
         } else {
             tracing::error!(place, cause = message(info.payload()), "a task panicked");
         }
@@ -36,7 +38,7 @@ pub fn contained<T>(piece: impl FnOnce() -> Result<T, Box<dyn Any + Send>>) -> R
     CONTAINED.set(outer);
     result.map_err(|panic| {
         let message = message(panic.as_ref());
-        match PLACE.take() {
+        match PLACE.try_with(RefCell::take).ok().flatten() {
             Some(place) => format!("panicked at {place}: {message}"),
             None => format!("panicked: {message}"),
         }

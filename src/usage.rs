@@ -1,4 +1,5 @@
 //! The command line of either program: what cannot be used is refused in one line, with exit code 2.
+//! A stderr that is broken or that nobody reads causes neither a panic nor an unbounded wait.
 //!
 //! Depends on nothing of ours.
 
@@ -7,12 +8,18 @@ use std::{
     io::{Write as _, stderr, stdout},
     path::Path,
     process::ExitCode,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use clap::{
     Parser,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+
+/// Limit of writing one line: stderr may be a pipe that nobody reads.
+const LINE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why the arguments cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +37,7 @@ impl NoArguments {
     }
 
     /// Tells the user. The exit code: 0 for what was asked for, 1 if it could not be written, 2 for bad
-    /// usage.
+    /// usage. The text on stdout waits for its reader, as the output of any command does.
     pub fn tell(&self, program: &str) -> ExitCode {
         match self {
             Self::Asked(text) => {
@@ -39,10 +46,24 @@ impl NoArguments {
                 if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
             }
             Self::BadUsage(line) => {
-                let _ = writeln!(stderr(), "{program}: {line}");
+                report(program, line);
                 ExitCode::from(2)
             }
         }
+    }
+}
+
+/// Writes one line to stderr, for a process that has no log. Gives up after a second; the write then goes
+/// on until the process ends.
+pub fn report(program: &str, line: &str) {
+    let line = format!("{program}: {line}\n");
+    let (done, written) = mpsc::channel();
+    let writing = thread::Builder::new().spawn(move || {
+        let _ = stderr().write_all(line.as_bytes());
+        let _ = done.send(());
+    });
+    if writing.is_ok() {
+        let _ = written.recv_timeout(LINE_LIMIT);
     }
 }
 

@@ -27,7 +27,7 @@ impl Running {
             ended = &mut self.api.task => bail!("the API listener ended by itself: {ended:?}"),
             ended = &mut self.admin.task => bail!("the admin listener ended by itself: {ended:?}"),
             error = self.writers.as_mut().expect("they are taken in the drain").failed() => {
-                tracing::error!(%error, "told to end by a failure");
+                tracing::error!(error = error.to_string(), "told to end by a failure");
                 Some(anyhow!(error))
             }
         };

@@ -11,7 +11,10 @@ use std::sync::{
 use http::{Request, Version};
 use tokio::time::Instant;
 
-use super::budget::{Asking, Budget};
+use super::{
+    budget::{Asking, Budget},
+    failure_log::Limit,
+};
 use crate::{
     error::Error,
     listener::{ConnectionLoad, Ending, RequestLoad, Unread},
@@ -59,6 +62,10 @@ struct Budgets {
     /// Whether the last request was shed: the begin and the end of such a time are logged, not each
     /// request in it.
     shedding: AtomicBool,
+    /// Whether the begin was logged, and the end must be.
+    begin_logged: AtomicBool,
+    /// A stranger can make shedding begin and end many times a second.
+    lines: Limit,
 }
 
 impl InFlight {
@@ -73,6 +80,8 @@ impl InFlight {
             watches: Budget::new(WATCHES),
             asking: Asking::new(),
             shedding: AtomicBool::new(false),
+            begin_logged: AtomicBool::new(false),
+            lines: Limit::default(),
         }))
     }
 
@@ -93,7 +102,11 @@ impl InFlight {
         let asking = load.map_or(1, |load| budgets.asking.note(load, now));
         let budget = budgets.of(class);
         let Some(before) = budget.take(1, load.map(|load| own(load, class)), asking) else {
-            if class == Class::Counted && !budgets.shedding.swap(true, Ordering::Relaxed) {
+            if class == Class::Counted
+                && !budgets.shedding.swap(true, Ordering::Relaxed)
+                && budgets.lines.admits()
+            {
+                budgets.begin_logged.store(true, Ordering::Relaxed);
                 let max_in_flight = budget.size();
                 tracing::warn!(max_in_flight, "too many requests in flight: shedding begins");
             }
@@ -105,6 +118,7 @@ impl InFlight {
             && budgets.shedding.load(Ordering::Relaxed)
             && before < budget.size() / 2
             && budgets.shedding.swap(false, Ordering::Relaxed)
+            && budgets.begin_logged.swap(false, Ordering::Relaxed)
         {
             tracing::info!("requests are no longer shed");
         }

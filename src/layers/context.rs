@@ -1,24 +1,29 @@
-//! Gives every request its id and tells who served it; logs every failed request once, with both
-//! the id and the caller's trace.
+//! Gives every request its id and every response the server's name; passes failures to the failure log.
 
 use std::{
     convert::Infallible,
-    fmt::Display,
     mem,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
-use http::{Extensions, HeaderName, HeaderValue, Method, Request, Response, Uri};
+use http::{Extensions, HeaderName, HeaderValue, Method, Request, Response};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
-use tonic::{Code, Status};
 use tower::{Layer, Service};
-use tracing::Level;
 use uuid::Uuid;
 
-use super::{X_REQUEST_ID, admission::Class, protocol, request_body::Admission};
+use super::{
+    X_REQUEST_ID,
+    admission::Class,
+    failure_log::{FailureLog, Path, Subject, Text, Traceparent, method, path, traceparent},
+    protocol,
+    request_body::Admission,
+};
 use crate::{
     error::Error,
     metrics::{Protocol, RequestMetrics},
@@ -33,15 +38,19 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const MAX_ID: usize = 128;
 
 /// What the layers and the log know of a request. In its extensions as one, since each value there is
-/// allocated by itself.
+/// allocated by itself. Holds copies: a `HeaderValue` or the `Uri` would keep the whole header block in
+/// memory.
 #[derive(Debug)]
 pub(super) struct Call {
-    id: Id,
-    /// Of the caller's trace.
-    traceparent: Option<HeaderValue>,
+    id: Text<MAX_ID>,
+    /// Of the caller's trace; empty if there is none.
+    traceparent: Traceparent,
     pub(super) protocol: Protocol,
     pub(super) method: Method,
-    uri: Uri,
+    path: Path,
+    /// Whether the caller's `grpc-timeout` is shorter than the server's deadline: the deadline layer sets
+    /// it.
+    pub(super) short_timeout: AtomicBool,
     /// When the answer is due: the deadline layer sets it, of every request that is not exempt.
     pub(super) deadline: OnceLock<Instant>,
     pub(super) received_at: Instant,
@@ -83,16 +92,20 @@ impl Call {
         &self.shared.metrics
     }
 
-    pub(super) fn request_id(&self) -> &str {
-        match &self.id {
-            Id::Given(id) => shown(Some(id)),
-            Id::Minted(id) => std::str::from_utf8(id).unwrap_or_default(),
-        }
+    pub(super) fn failure_log(&self) -> &FailureLog {
+        &self.shared.failure_log
     }
 
-    /// Empty if the caller sent none.
-    pub(super) fn traceparent(&self) -> &str {
-        shown(self.traceparent.as_ref())
+    /// The fields of its log lines.
+    pub(super) fn subject(&self) -> Subject<'_> {
+        Subject {
+            request_id: self.id.as_str(),
+            traceparent: self.traceparent.as_str(),
+            protocol: self.protocol,
+            method: self.method.as_str(),
+            path: self.path.as_str(),
+            short_timeout: self.short_timeout.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -118,11 +131,16 @@ pub(super) struct ContextLayer {
 struct Shared {
     served_by: ServedBy,
     metrics: Arc<RequestMetrics>,
+    failure_log: FailureLog,
 }
 
 impl ContextLayer {
-    pub(super) fn new(served_by: ServedBy, metrics: Arc<RequestMetrics>) -> Self {
-        Self { shared: Arc::new(Shared { served_by, metrics }) }
+    pub(super) fn new(
+        served_by: ServedBy,
+        metrics: Arc<RequestMetrics>,
+        failure_log: FailureLog,
+    ) -> Self {
+        Self { shared: Arc::new(Shared { served_by, metrics, failure_log }) }
     }
 }
 
@@ -156,11 +174,12 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let headers = request.headers();
         let call = Arc::new(Call {
-            id: Id::new(wire::first(headers, &X_REQUEST_ID)),
-            traceparent: wire::first(headers, &TRACEPARENT).cloned(),
+            id: request_id(wire::first(headers, &X_REQUEST_ID)),
+            traceparent: traceparent(wire::first(headers, &TRACEPARENT)),
             protocol: protocol(headers),
-            method: request.method().clone(),
-            uri: request.uri().clone(),
+            method: method(request.method()),
+            path: path(request.uri().path()),
+            short_timeout: AtomicBool::new(false),
             deadline: OnceLock::new(),
             received_at: Instant::now(),
             class: Class::of(&request),
@@ -172,8 +191,8 @@ where
         // a failed request carries the same by itself.
         let span = tracing::debug_span!(
             "request",
-            request_id = call.request_id(),
-            traceparent = call.traceparent()
+            request_id = call.id.as_str(),
+            traceparent = call.traceparent.as_str()
         );
         let inner = {
             let _entered = span.enter();
@@ -183,47 +202,28 @@ where
     }
 }
 
-/// The id of a request.
-#[derive(Debug)]
-enum Id {
-    /// By the caller.
-    Given(HeaderValue),
-    /// Hexadecimal digits.
-    Minted([u8; uuid::fmt::Simple::LENGTH]),
+/// The caller's id if it is visible ASCII and short, else a new one.
+fn request_id(given: Option<&HeaderValue>) -> Text<MAX_ID> {
+    let usable = |id: &&HeaderValue| {
+        (1..=MAX_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+    };
+    given.filter(usable).map_or_else(
+        || {
+            let mut text = [0; uuid::fmt::Simple::LENGTH];
+            Uuid::new_v4().simple().encode_lower(&mut text);
+            Text::new(&text)
+        },
+        |id| Text::new(id.as_bytes()),
+    )
 }
 
-impl Id {
-    /// The caller's, if it is one that can be logged, else a new one.
-    fn new(given: Option<&HeaderValue>) -> Self {
-        let usable = |id: &&HeaderValue| {
-            (1..=MAX_ID).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
-        };
-        given.filter(usable).map_or_else(
-            || {
-                let mut text = [0; uuid::fmt::Simple::LENGTH];
-                Uuid::new_v4().simple().encode_lower(&mut text);
-                Self::Minted(text)
-            },
-            |id| Self::Given(id.clone()),
-        )
-    }
-
-    fn to_header(&self) -> HeaderValue {
-        let mut value = match self {
-            Self::Given(id) => id.clone(),
-            Self::Minted(id) => {
-                HeaderValue::from_bytes(id).expect("hexadecimal digits make a header value")
-            }
-        };
-        // HPACK is not to remember it (RFC 7541, section 7.1.3): no other response has the same, and
-        // each would push what recurs out of the tables of both ends.
-        value.set_sensitive(true);
-        value
-    }
-}
-
-fn shown(value: Option<&HeaderValue>) -> &str {
-    value.and_then(|value| value.to_str().ok()).unwrap_or_default()
+fn id_header(id: &Text<MAX_ID>) -> HeaderValue {
+    let value = HeaderValue::from_bytes(id.as_bytes());
+    let mut value = value.expect("visible ASCII makes a header value");
+    // HPACK is not to remember it (RFC 7541, section 7.1.3): no other response has the same, and
+    // each would push what recurs out of the tables of both ends.
+    value.set_sensitive(true);
+    value
 }
 
 pin_project! {
@@ -246,78 +246,10 @@ where
         let this = self.project();
         let _entered = this.span.enter();
         let Ok(mut response) = ready!(this.inner.poll(cx));
-        record_failure(this.call, &response);
+        this.call.failure_log().record(&response, || this.call.subject());
         let headers = response.headers_mut();
-        headers.insert(X_REQUEST_ID, this.call.id.to_header());
+        headers.insert(X_REQUEST_ID, id_header(&this.call.id));
         headers.insert(X_SERVED_BY, this.call.shared.served_by.0.clone());
         Poll::Ready(Ok(response))
-    }
-}
-
-/// One line for a failed request; a shed one is counted, too. Errors that come by the thousand while
-/// an outage or an overload lasts are for `debug`: their begin and end are logged where they are
-/// noticed, their number is in the metrics.
-fn record_failure<R>(call: &Call, response: &Response<R>) {
-    let extensions = response.extensions();
-    if let Some(error) = extensions.get::<Arc<Error>>() {
-        return record_error(call, response.status().as_u16(), error);
-    }
-    let Some(status) = extensions.get::<Status>().filter(|status| status.code() != Code::Ok) else {
-        return;
-    };
-    let source = std::error::Error::source(status).and_then(<dyn std::error::Error>::downcast_ref);
-    match source {
-        Some(error) => record_error(call, format_args!("{:?}", status.code()), error),
-        // tonic's own: the bytes are no message, or a message of an encoding that it does not know.
-        None => {
-            if matches!(status.code(), Code::Internal | Code::Unimplemented) {
-                call.metrics().malformed(call.protocol).inc();
-            }
-            log(Level::INFO, call, format_args!("{:?}", status.code()), status.message());
-        }
-    }
-}
-
-fn record_error(call: &Call, code: impl Display, error: &Error) {
-    let level = match error {
-        Error::Internal(_) => Level::ERROR,
-        Error::DeadlineExceeded => Level::WARN,
-        Error::Shed(reason) => {
-            call.metrics().shed(call.protocol, *reason).inc();
-            Level::DEBUG
-        }
-        Error::Malformed(_) | Error::UnknownCodec(_) | Error::NotACall(_) => {
-            call.metrics().malformed(call.protocol).inc();
-            Level::INFO
-        }
-        Error::StoreUnavailable | Error::CallerGone => Level::DEBUG,
-        _ => Level::INFO,
-    };
-    match error.cause() {
-        Some(cause) => log(level, call, code, cause),
-        None => log(level, call, code, error),
-    }
-}
-
-fn log(level: Level, call: &Call, code: impl Display, cause: impl Display) {
-    macro_rules! line {
-        ($level:ident) => {
-            tracing::$level!(
-                request_id = call.request_id(),
-                traceparent = call.traceparent(),
-                protocol = call.protocol.as_str(),
-                method = %call.method,
-                path = call.uri.path(),
-                %code,
-                %cause,
-                "request failed"
-            )
-        };
-    }
-    match level {
-        Level::ERROR => line!(error),
-        Level::WARN => line!(warn),
-        Level::INFO => line!(info),
-        _ => line!(debug),
     }
 }

@@ -3,6 +3,7 @@
 
 use std::{
     pin::Pin,
+    sync::atomic::Ordering,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -75,6 +76,7 @@ where
             Protocol::Http => None,
         };
         let timeout = asked.map_or(self.request_timeout, |asked| asked.min(self.request_timeout));
+        call.short_timeout.store(timeout < self.request_timeout, Ordering::Relaxed);
         let now = call.received_at;
         let deadline = now + timeout;
         if let Some(ending) = request.extensions().get::<Ending>() {

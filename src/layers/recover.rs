@@ -143,11 +143,8 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let Watch { ending, .. } = &this.watch;
             if !this.over && ending.as_ref().is_some_and(Ending::limit_has_passed) {
-                tracing::info!(
-                    request_id = this.watch.call.request_id(),
-                    traceparent = this.watch.call.traceparent(),
-                    "a response was cut off: its peer did not read it in time"
-                );
+                let call = &this.watch.call;
+                call.failure_log().cut_off(&call.subject());
             }
         }
     }
@@ -183,12 +180,8 @@ where
             Err(error) => error,
         };
         *this.over = true;
-        tracing::error!(
-            request_id = this.watch.call.request_id(),
-            traceparent = this.watch.call.traceparent(),
-            cause = error.cause().unwrap_or_default(),
-            "a response broke off"
-        );
+        let call = &this.watch.call;
+        call.failure_log().broke_off(&call.subject(), error.cause().unwrap_or_default());
         Poll::Ready(Some(match this.watch.call.protocol {
             Protocol::Grpc => Ok(Frame::trailers(trailers(error))),
             Protocol::Http => Err(axum::Error::new(error)),

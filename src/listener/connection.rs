@@ -102,7 +102,7 @@ async fn shaken_hands(
             Ok(stream) => Some(stream),
             Err(error) => {
                 // For who debugs certificates; strangers' scans fail all the time.
-                tracing::debug!(%error, "a TLS handshake failed");
+                tracing::debug!(error = error.to_string(), "a TLS handshake failed");
                 None
             }
         },

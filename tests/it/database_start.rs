@@ -49,7 +49,8 @@ async fn what_no_waiting_mends_is_refused_at_once_in_one_line() {
     assert!(line.contains("postgres:***@127.0.0.1") && !line.contains("wr0ng"), "{line}");
 
     let line = refusal(&other_database(&server.url())).await;
-    assert!(line.contains("database \"orders\" does not exist"), "{line}");
+    // The text format quotes the cause, and the quotes in it.
+    assert!(line.contains(r#"database \"orders\" does not exist"#), "{line}");
 
     let clerk = format!("CREATE ROLE clerk LOGIN PASSWORD '{PASSWORD}'");
     server.connect().await.execute(sqlx::AssertSqlSafe(clerk)).await.unwrap();
@@ -138,7 +139,7 @@ async fn a_server_that_never_comes_is_given_up_after_30_s() {
     assert_eq!(service.exited().await.code(), Some(1));
     assert!(begun.elapsed() >= Duration::from_secs(29), "{:?}", begun.elapsed());
     let log = service.log();
-    let last = log.last().unwrap()["message"].as_str().unwrap().to_owned();
+    let last = log.last().unwrap()["cause"].as_str().unwrap().to_owned();
     assert!(last.contains("database.invalid"), "{last}");
     assert!(last.contains("not ready within 30 s"), "{last}");
     // Each new reason is a line, not each try.

@@ -17,6 +17,7 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     database::lock_file_in,
+    logs::TRACE,
     support::{Process, channel, database_in, framed, scrape_until},
 };
 
@@ -372,7 +373,7 @@ async fn a_failure_inside_is_logged_once_and_not_sent() {
     let mut grpc = server.grpc().await;
     let mut request = Request::new(place("poison", None, ""));
     request.metadata_mut().insert("x-request-id", "poisoned-1".parse().unwrap());
-    request.metadata_mut().insert("traceparent", "00-trace-span-01".parse().unwrap());
+    request.metadata_mut().insert("traceparent", TRACE.parse().unwrap());
     let status = grpc.place(request).await.unwrap_err();
     assert_eq!(status.code(), Code::Internal);
     assert!(!format!("{status:?}").contains("secret"), "{status:?}");
@@ -387,6 +388,6 @@ async fn a_failure_inside_is_logged_once_and_not_sent() {
         lines.iter().filter(|line| line["request_id"] == "poisoned-1").collect();
     assert_eq!(of_request.len(), 1, "{lines:?}");
     assert!(of_request[0]["cause"].as_str().unwrap().contains("the secret cause"));
-    assert_eq!(of_request[0]["traceparent"], "00-trace-span-01");
+    assert_eq!(of_request[0]["traceparent"], TRACE);
     assert_eq!(of_request[0]["level"], "ERROR");
 }

@@ -10,7 +10,7 @@ use order_service::{
     app::{self, Ended, Inputs, Signals},
     config::Settings,
     layers::ServedBy,
-    metrics::layer::Route,
+    metrics::{LogMetrics, layer::Route},
     proto::{PlaceRequest, PlaceResponse, order_service_client::OrderServiceClient},
 };
 use prost::Message as _;
@@ -47,6 +47,7 @@ impl InProcess {
             revision: "test",
             open_files: u64::MAX,
             signals: signals.clone(),
+            log: LogMetrics::new(),
         };
         let task = tokio::spawn(async move { app::run(&settings, inputs, extra()).await });
         let server = Self { api: addresses.0, admin: addresses.1, signals, task };

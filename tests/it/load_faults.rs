@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeSet, HashSet},
     net::SocketAddr,
+    process::Stdio,
     sync::{Arc, Mutex},
 };
 
@@ -22,11 +23,17 @@ use order_service::{
 use serde_json::json;
 use tokio::{
     net::{TcpListener, TcpStream},
+    process::Command,
     task::JoinSet,
+    time::timeout,
 };
 use tonic::{Request, Response, Status, service::Routes};
 
-use crate::load::{Loaded, load};
+use crate::{
+    load::{Loaded, load},
+    log_stream::{broken_pipe, full_disk},
+    support::{PATIENCE, Process},
+};
 
 /// What the service does to every tenth order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,4 +236,30 @@ async fn a_call_lost_at_goaway_is_sent_again_with_its_key_and_reported_as_retrie
     assert_eq!(keys.len(), 5, "{calls:?}");
     assert_eq!(loaded.phase(0)["retried"], 1);
     assert!(calls.iter().all(|call| call.product_id == "book" && call.quantity == Some(1)));
+}
+
+#[tokio::test]
+async fn a_run_whose_stderr_is_broken_goes_on_and_is_reported() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let target = server.url("");
+    let broken: [Stdio; 2] = [broken_pipe().into(), full_disk().into()];
+    for (stderr, json) in broken.into_iter().zip([true, false]) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_order-load"));
+        command.args(["--target", &target, "--phases", "300ms@40"]).args(json.then_some("--json"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).kill_on_drop(true);
+        let output = timeout(PATIENCE, command.spawn().unwrap().wait_with_output()).await;
+        let output = output.expect("order-load ends").unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let report = String::from_utf8(output.stdout).unwrap();
+        assert!(report.contains(if json { "\"ok\":12," } else { "300ms@40" }), "{report}");
+    }
+    // Nor does one that has nothing to report end otherwise.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_order-load"));
+    command.args(["--target", "http://127.0.0.1:1", "--phases", "1s@1", "--audit", "--json"]);
+    command
+        .args(["--timeout", "100ms", "--patience", "100ms"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    let ended = timeout(PATIENCE, command.stderr(broken_pipe()).status()).await;
+    assert_eq!(ended.expect("order-load ends").unwrap().code(), Some(1));
 }

@@ -1,12 +1,18 @@
-//! The log lines of requests: one for each failure, with the names by which the request is known.
+//! The log lines of requests: one for each failure, with the names by which the request is known, and
+//! no more than strangers may cause.
 
 use std::{
+    fs::File,
     io,
     panic::{set_hook, take_hook},
     sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime},
 };
 
+use bytes::Bytes;
 use order_service::{config::LogFormat, logs, panics};
+use regex::Regex;
+use reqwest::Client;
 use rustix::process::Signal;
 use serde_json::Value;
 use tonic::Code;
@@ -17,11 +23,12 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::{
     in_process::{InProcess, STREAM, place},
+    log_stream::Server,
     peers::{call, grpc, with_window},
-    support::{Process, channel},
+    support::{PATIENCE, Process, channel, exchange},
 };
 
-const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+pub const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 const ONE_THREAD: [&str; 2] = ["--worker-threads", "1"];
 
@@ -218,4 +225,177 @@ async fn a_line_is_one_json_object_or_one_line_of_text() {
     let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
     assert_eq!(text.lines().count(), 1, "{text:?}");
     assert!(text.contains("INFO") && text.contains("order=7"), "{text:?}");
+}
+
+/// How many requests lines of a level report, one by one or by their number.
+fn reported(lines: &[Value], level: &str) -> u64 {
+    let lines = lines.iter().filter(|line| line["level"] == level);
+    lines
+        .map(|line| match line["message"].as_str().unwrap_or_default() {
+            "request failed" => 1,
+            text if text.starts_with("a response was cut off") => 1,
+            text if text.starts_with("further requests ") => line["requests"].as_u64().unwrap(),
+            _ => 0,
+        })
+        .sum()
+}
+
+/// Waits until exactly that many requests are reported. Checks that no second has more than ten lines
+/// about single requests, and more than one with a number.
+async fn reported_within_the_limit(server: &Process, level: &str, requests: u64) {
+    let begun = Instant::now();
+    while reported(&server.log(), level) < requests {
+        assert!(begun.elapsed() < PATIENCE, "{:?}", server.log());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let log = server.log();
+    assert_eq!(reported(&log, level), requests, "{log:?}");
+    let times = |further: bool| {
+        let lines = log.iter().filter(|line| reported(&[(*line).clone()], level) > 0);
+        times(lines.filter(|line| line["requests"].is_u64() == further))
+    };
+    let (single, further) = (times(false), times(true));
+    assert!(single.len() >= 10 && !further.is_empty(), "{log:?}");
+    assert!(are_apart(&single, 10) && are_apart(&further, 1), "{log:?}");
+}
+
+/// When lines were written.
+pub fn times<'l>(lines: impl Iterator<Item = &'l Value>) -> Vec<SystemTime> {
+    let times = lines.map(|line| line["timestamp"].as_str().unwrap());
+    times.map(|time| humantime::parse_rfc3339(time).unwrap()).collect()
+}
+
+/// Whether no second has more lines than that. Half a second, since a line's timestamp is a moment later
+/// than the check of the limit.
+pub fn are_apart(times: &[SystemTime], lines: usize) -> bool {
+    let gap = |window: &[SystemTime]| window[lines].duration_since(window[0]).unwrap();
+    times.windows(lines + 1).all(|window| gap(window) > Duration::from_millis(500))
+}
+
+#[tokio::test]
+async fn refused_requests_write_few_short_lines_and_their_number() {
+    let mut server = Process::start("sqlite::memory:", &[]).await;
+    let client = Client::new();
+    let path = format!("/nowhere/{}", "x".repeat(2000));
+    let trace = "1".repeat(2000);
+    let refuse = async || {
+        let begun = Instant::now();
+        for _ in 0..200 {
+            let request = client.get(server.url(&path)).header("traceparent", &trace);
+            assert_eq!(request.send().await.unwrap().status(), 404);
+        }
+        begun.elapsed()
+    };
+    let took = refuse().await;
+    reported_within_the_limit(&server, "INFO", 200).await;
+    let log = server.log();
+    let lines: Vec<_> = log.iter().filter(|line| line["message"] == "request failed").collect();
+    for line in &lines {
+        let path = line["path"].as_str().unwrap();
+        assert!(path.ends_with("x…") && path.len() == 256 + "…".len(), "{line}");
+        assert_eq!(line["traceparent"], "", "{line}");
+        assert!(line.to_string().len() < 700, "{line}");
+    }
+    let bytes: usize = log.iter().map(|line| line.to_string().len()).sum();
+    let seconds = usize::try_from(took.as_secs()).unwrap() + 1;
+    assert!(bytes < 10_000 * seconds, "{bytes} bytes in {took:?}");
+
+    // The end of the process omits none either.
+    refuse().await;
+    server.signal(Signal::TERM);
+    assert_eq!(server.exited().await.code(), Some(0));
+    assert_eq!(reported(&server.log(), "INFO"), 400, "{:?}", server.log());
+}
+
+#[tokio::test]
+async fn lines_about_deadlines_are_limited_whoever_set_them() {
+    let args = ["--processing-delay", "60s", "--request-timeout", "300ms"];
+    let server = Process::start("sqlite::memory:", &args).await;
+    let client = Client::builder().http2_prior_knowledge().build().unwrap();
+    for (timeout, level, other) in [("1m", "INFO", "WARN"), ("60S", "WARN", "INFO")] {
+        let already = reported(&server.log(), other);
+        let calls = (0..30).map(|_| {
+            // A gRPC client would keep its timeout by itself; this one waits for the server's answer.
+            let (request, body) = grpc("/orders.v1.OrderService/Place", &place("book"));
+            let request = client.post(server.url(request.uri().path())).body(body);
+            let request = request.header("content-type", "application/grpc");
+            request.header("te", "trailers").header("grpc-timeout", timeout).send()
+        });
+        for answer in futures_util::future::join_all(calls).await {
+            assert_eq!(answer.unwrap().headers()["grpc-status"], "4");
+        }
+        reported_within_the_limit(&server, level, 30).await;
+        assert_eq!(reported(&server.log(), other), already, "{:?}", server.log());
+    }
+}
+
+#[tokio::test]
+async fn lines_about_responses_that_nobody_reads_are_limited() {
+    let server = Process::start("sqlite::memory:", &["--request-timeout", "100ms"]).await;
+    let mut client = with_window(server.api, 0).await;
+    let mut unread = Vec::new();
+    for _ in 0..30 {
+        let answer = call(&mut client, crate::peers::place()).await;
+        unread.push(answer.await.unwrap());
+    }
+    reported_within_the_limit(&server, "INFO", 30).await;
+}
+
+#[tokio::test]
+async fn failures_of_the_service_are_never_omitted() {
+    log_panics_and_print_them();
+    let log = Log::default();
+    let _capturing = log.capture("info");
+    let server = InProcess::start(&ONE_THREAD).await;
+    for _ in 0..30 {
+        let request = reqwest::Client::new().get(server.url("/test/panic"));
+        request.header("x-request-id", "panics").send().await.unwrap();
+    }
+    server.stop().await;
+    assert_eq!(log.of_request("panics").len(), 30);
+}
+
+#[tokio::test]
+async fn in_text_format_a_stranger_forges_neither_fields_nor_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let server = Server::start(&[], File::create(&path).unwrap()).await;
+    // The cause quotes the encoding; id, path and method are the stranger's as well.
+    let mut client = with_window(server.api, 65_535).await;
+    let (mut request, body) = grpc("/orders.v1.OrderService/Place", &place("book"));
+    request.headers_mut().insert("grpc-encoding", "zz level=error forged=1".parse().unwrap());
+    request.headers_mut().insert("x-request-id", "id\"forged=2".parse().unwrap());
+    let compressed = [&[1], &body[1..]].concat();
+    call(&mut client, (request, Bytes::from(compressed))).await.await.unwrap();
+    let odd = "GET /x\"\u{e4}forged=3 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    exchange(server.api, odd.as_bytes()).await;
+    let odd = "GET'forged! /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    exchange(server.api, odd.as_bytes()).await;
+    let bad = "/product?product_id=%22%0Aforged=4&quantity=%22+forged%3D5";
+    reqwest::get(format!("http://{}{bad}", server.api)).await.unwrap();
+    let json = "{\"a forged=6\n";
+    let request = Client::new().post(format!("http://{}/product", server.api)).body(json);
+    request.header("content-type", "application/json; forged=7").send().await.unwrap();
+    server.drains().await;
+
+    let log = std::fs::read_to_string(path).unwrap();
+    let quoted = Regex::new(r#""(\\.|[^"\\])*""#).unwrap();
+    let field = Regex::new(r"(\w+)=").unwrap();
+    let (mut failed, expected) =
+        (0, ["request_id", "traceparent", "protocol", "method", "path", "code", "cause"]);
+    for line in log.lines() {
+        let unquoted = quoted.replace_all(line, "Q");
+        assert!(!unquoted.contains("forged=") && unquoted.contains(" order_service"), "{line}");
+        if line.contains("request failed") {
+            failed += 1;
+            let fields: Vec<_> =
+                field.captures_iter(&unquoted).map(|found| found[1].to_owned()).collect();
+            assert_eq!(fields, expected, "{line}");
+        }
+    }
+    assert_eq!(failed, 5, "{log}");
+    assert!(
+        log.contains(r#"cause="Content is compressed with `zz level=error forged=1`"#),
+        "{log}"
+    );
 }

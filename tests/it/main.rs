@@ -30,6 +30,7 @@ mod kit;
 mod load;
 mod load_audit;
 mod load_faults;
+mod log_stream;
 mod logins;
 mod logs;
 mod malformed;

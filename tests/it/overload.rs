@@ -11,11 +11,14 @@ use std::{
 
 use bytes::Bytes;
 use order_service::proto::{ListRequest, PlaceRequest};
+use rustix::process::Signal;
 use tokio::time::timeout;
+use tonic_health::pb::HealthCheckRequest;
 use tonic_types::StatusExt as _;
 
 use crate::{
-    peers::{call, connect, place, with_window},
+    logs::{are_apart, times},
+    peers::{call, connect, grpc, place, with_window},
     support::{PATIENCE, Page, Process, scrape_until},
 };
 
@@ -68,6 +71,65 @@ async fn a_shed_answer_that_nobody_reads_is_reset_and_recorded_too() {
     assert!(end.await.expect("the response is cut off").unwrap_err().is_reset());
     scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
     drop(held);
+}
+
+#[tokio::test]
+async fn overload_that_comes_and_goes_does_not_fill_the_log() {
+    let args = ["--max-in-flight", "2", "--processing-delay", "5ms"];
+    let mut server = Process::start("sqlite::memory:", &args).await;
+    let mut client = with_window(server.api, 65_535).await;
+    for _ in 0..60 {
+        let mut calls = Vec::new();
+        for _ in 0..4 {
+            calls.push(call(&mut client, place()).await);
+        }
+        // A request returns its permit at the end of its response.
+        for answer in calls {
+            let mut body = answer.await.unwrap().into_body();
+            while body.data().await.is_some() {}
+        }
+    }
+    let shed = server.scrape().await.sum("requests_shed_total", &[]);
+    assert!(shed >= 40.0, "{shed}");
+    server.signal(Signal::TERM);
+    assert_eq!(server.exited().await.code(), Some(0));
+    let log = server.log();
+    let with = |text| log.iter().filter(move |line| line["message"] == text);
+    let begun = times(with("too many requests in flight: shedding begins"));
+    let ended = with("requests are no longer shed").count();
+    assert!(begun.len() >= 10 && are_apart(&begun, 10), "{log:?}");
+    assert!(ended == begun.len() || ended + 1 == begun.len(), "{log:?}");
+}
+
+#[tokio::test]
+async fn a_stream_that_stays_open_keeps_nothing_of_its_headers() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let memory = |page: &Page| page.value("process_resident_memory_bytes", &[]);
+    let mut open = Vec::new();
+    let mut watch = async |query: &str, trace: &str| {
+        // A client refuses many small messages on one connection.
+        let mut clients = Vec::new();
+        for _ in 0..10 {
+            clients.push(with_window(server.api, 65_535).await);
+        }
+        for n in 0..250 {
+            let client = &mut clients[n % 10];
+            let path = format!("/grpc.health.v1.Health/Watch?{n}{query}");
+            let (mut request, body) = grpc(&path, &HealthCheckRequest::default());
+            request.headers_mut().insert("traceparent", trace.parse().unwrap());
+            open.push(call(client, (request, body)).await.await.unwrap());
+        }
+        memory(&server.scrape().await)
+    };
+    // The memory of streams without long headers, once buffers are allocated.
+    watch("", "").await;
+    let plain = -watch("", "").await + watch("", "").await;
+    let (query, trace) = ("q".repeat(7_000), "t".repeat(7_000));
+    watch(&query, &trace).await;
+    let long = -watch(&query, &trace).await + watch(&query, &trace).await;
+    let each = (long - plain) / 250.0;
+    println!("{each} bytes of headers of each stream: {plain}, {long}");
+    assert!(each < 4_096.0, "{each} bytes of headers of each stream: {plain}, {long}");
 }
 
 /// Clients that are refused together must not come back together.

@@ -11,7 +11,7 @@ use order_service::{
     app::{self, Inputs, Signals},
     config::Settings,
     layers::ServedBy,
-    metrics::layer::Route,
+    metrics::{LogMetrics, layer::Route},
     proto::{PlaceRequest, PlaceResponse},
     usage::NoArguments,
 };
@@ -55,6 +55,7 @@ fn main() -> anyhow::Result<()> {
             served_by: ServedBy::new("limit", process::id()),
             revision: "bench",
             signals,
+            log: LogMetrics::new(),
         };
         app::run(&settings, inputs, extra()).await.map(|_| ())
     })

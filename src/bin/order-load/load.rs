@@ -1,6 +1,9 @@
 //! One run, from the first connection to the report.
 
-use std::{io::Write as _, sync::Arc};
+use std::{
+    io::{Write as _, stderr, stdout},
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use rand::RngExt as _;
@@ -73,10 +76,11 @@ pub async fn run(args: &Args, target: Target) -> anyhow::Result<bool> {
     let report = Report { args, seed, records: sender.recorder.records(), audit, interrupted };
     let table = report.table();
     if args.json {
-        eprint!("{table}");
-        writeln!(std::io::stdout(), "{}", report.json())
+        // The document is the report; a broken stderr is ignored.
+        let _ = write!(stderr(), "{table}");
+        writeln!(stdout(), "{}", report.json())
     } else {
-        write!(std::io::stdout(), "{table}")
+        write!(stdout(), "{table}")
     }
     .context("the report")?;
     Ok(report.passed())

@@ -31,7 +31,11 @@ mod spread;
 mod target;
 mod tls;
 
-use std::{env, process::ExitCode};
+use std::{
+    env,
+    io::{Write as _, stderr},
+    process::ExitCode,
+};
 
 use args::Args;
 use mimalloc::MiMalloc;
@@ -52,7 +56,7 @@ fn main() -> ExitCode {
     };
     // Thousands of connections are within what one may ask for.
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
-        eprintln!("order-load: the limit of open files stays as it is: {error}");
+        let _ = writeln!(stderr(), "order-load: the limit of open files stays as it is: {error}");
     }
     // One thread: the calls share the pool and the recorder without waiting for each other.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -64,7 +68,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("order-load: {error:#}");
+            let _ = writeln!(stderr(), "order-load: {error:#}");
             ExitCode::FAILURE
         }
     }

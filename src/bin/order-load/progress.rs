@@ -1,7 +1,8 @@
-//! How it goes, on stderr: a bar for each phase, or plain lines where stderr is no terminal.
+//! How it goes, on stderr: a bar for each phase, or plain lines where stderr is no terminal. Failed writes
+//! are ignored: `eprintln!` would panic.
 
 use std::{
-    io::{IsTerminal as _, stderr},
+    io::{IsTerminal as _, Write as _, stderr},
     sync::Arc,
     time::Duration,
 };
@@ -78,7 +79,7 @@ async fn show(mut lanes: Vec<Lane>, sender: Arc<Sender>, mut ended: oneshot::Rec
         if last {
             if bars.is_some() {
                 // The last bar leaves the cursor behind it.
-                eprintln!();
+                let _ = writeln!(stderr());
             }
             return;
         }
@@ -103,7 +104,8 @@ impl Lane {
         let length = self.until - self.begin;
         let passed = now.min(self.until) - self.begin;
         let Some(bars) = bars else {
-            eprintln!(
+            let _ = writeln!(
+                stderr(),
                 "{}: {:.0} of {} s: {figures}",
                 self.name,
                 passed.as_secs_f64(),
