@@ -2,11 +2,15 @@
 //!
 //! Listeners and the shutdown signals are arguments: only `main` touches the process.
 
-use std::{num::NonZero, thread, time::Duration};
+use std::{num::NonZero, sync::Arc, thread, time::Duration};
 
 use anyhow::Context as _;
 use axum::Router;
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -35,17 +39,19 @@ pub struct Inputs {
     pub served_by: ServedBy,
     /// Which source the program was built from.
     pub revision: &'static str,
-    /// When to end, and when to end at once.
+    /// What the process is asked for while it runs.
     pub signals: Signals,
 }
 
-/// The two ways in which the process is told to end.
+/// What the process is asked for while it runs, by signals of the system.
 #[derive(Debug, Clone, Default)]
 pub struct Signals {
     /// Drain, then end.
     pub drain: CancellationToken,
     /// End at once.
     pub now: CancellationToken,
+    /// Read the TLS files again.
+    pub reload_tls: Arc<Notify>,
 }
 
 /// How the process ended.
@@ -111,6 +117,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
         api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
             .await
             .context("the API's metrics")?;
+    let tls = tls.map(|tls| tls.reload_on(signals.reload_tls.clone()));
     let api = ApiServer::start(api, workers.clone(), tls, service, settings, &metrics);
     stage.send_replace(Stage::Serving);
     let (api_address, admin_address) = addresses;

@@ -37,7 +37,7 @@ mod plan;
 mod requests;
 mod tls;
 
-pub use self::tls::{Tls, TlsError};
+pub use self::tls::{Tls, TlsError, TlsFiles};
 
 /// What connections may do.
 #[derive(Debug, Clone, Copy)]

@@ -4,6 +4,7 @@
 
 mod admin;
 mod age;
+mod client_certificates;
 mod connections;
 mod dashboard;
 mod dashboard_rules;
@@ -38,6 +39,7 @@ mod prune;
 mod readme;
 mod replicas;
 mod shared_database;
+mod signals;
 mod slow_reads;
 mod stack;
 mod store;
