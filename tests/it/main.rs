@@ -36,6 +36,7 @@ mod prometheus;
 mod prometheus_server;
 mod proxy;
 mod prune;
+mod read_overload;
 mod readme;
 mod replicas;
 mod shared_database;
