@@ -2,11 +2,15 @@
 //!
 //! Listeners and the shutdown signals are arguments: only `main` touches the process.
 
-use std::{num::NonZero, thread, time::Duration};
+use std::{num::NonZero, sync::Arc, thread, time::Duration};
 
 use anyhow::Context as _;
 use axum::Router;
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,19 +42,21 @@ pub struct Inputs {
     pub revision: &'static str,
     /// How many files the process may have open.
     pub open_files: u64,
-    /// When to end, and when to end at once.
+    /// What the process is asked for while it runs.
     pub signals: Signals,
     /// The log's metrics.
     pub log: LogMetrics,
 }
 
-/// The two ways in which the process is told to end.
+/// What the process is asked for while it runs, by signals of the system.
 #[derive(Debug, Clone, Default)]
 pub struct Signals {
     /// Drain, then end.
     pub drain: CancellationToken,
     /// End at once.
     pub now: CancellationToken,
+    /// Read the TLS files again.
+    pub reload_tls: Arc<Notify>,
 }
 
 /// How the process ended.
@@ -117,6 +123,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
     let Api { service, health, failure_log } =
         api::build(settings, store, in_flight.clone(), served_by, &metrics, extra)
             .context("the API's metrics")?;
+    let tls = tls.map(|tls| tls.reload_on(signals.reload_tls.clone()));
     let limits = api_limits(settings, open_files, threads);
     let api = ApiServer::start(api, workers.clone(), tls, service, limits, &metrics);
     stage.send_replace(Stage::Serving);

@@ -100,9 +100,16 @@ pub struct Settings {
     #[arg(long, env = "ORDER_TLS_KEY", value_name = "FILE", value_parser = pem_file)]
     pub tls_key: Option<PathBuf>,
 
-    /// CA of the clients, PEM: with it, clients must show a certificate that it signed (mTLS)
+    /// CA of the clients, PEM: with it, clients must show a certificate that it signed (mTLS), and no
+    /// TLS session is resumed. Re-read when it changes
     #[arg(long, env = "ORDER_TLS_CLIENT_CA", value_name = "FILE", value_parser = pem_file)]
     pub tls_client_ca: Option<PathBuf>,
+
+    /// Revoked certificates of clients, PEM: one or more CRLs; needs --tls-client-ca. Every CA in a
+    /// client's chain must have its CRL here, or the client is refused. Re-read when it changes; a CRL
+    /// past its nextUpdate stays in force
+    #[arg(long, env = "ORDER_TLS_CLIENT_CRL", value_name = "FILE", value_parser = pem_file)]
+    pub tls_client_crl: Option<PathBuf>,
 
     /// Form of the log lines on stderr
     #[arg(long, env = "ORDER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
@@ -139,10 +146,11 @@ impl Settings {
 
     fn check_tls(&self) -> Result<(), NoArguments> {
         let bad = |given, file, missing| Err(NoArguments::without(given, file, missing));
-        match (&self.tls_cert, &self.tls_key, &self.tls_client_ca) {
-            (Some(cert), None, _) => bad("--tls-cert", cert, "--tls-key"),
-            (None, Some(key), _) => bad("--tls-key", key, "--tls-cert"),
-            (None, None, Some(ca)) => bad("--tls-client-ca", ca, "--tls-cert and --tls-key"),
+        match (&self.tls_cert, &self.tls_key, &self.tls_client_ca, &self.tls_client_crl) {
+            (Some(cert), None, ..) => bad("--tls-cert", cert, "--tls-key"),
+            (None, Some(key), ..) => bad("--tls-key", key, "--tls-cert"),
+            (None, None, Some(ca), _) => bad("--tls-client-ca", ca, "--tls-cert and --tls-key"),
+            (_, _, None, Some(crl)) => bad("--tls-client-crl", crl, "--tls-client-ca"),
             _ => Ok(()),
         }
     }

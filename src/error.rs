@@ -179,6 +179,9 @@ impl fmt::Display for Error {
             Self::Shed(ShedReason::QueueFull) => {
                 f.write_str("too many orders are waiting; nothing was done, try again later")
             }
+            Self::Shed(ShedReason::ReadersBusy) => {
+                f.write_str("too many reads are waiting; nothing was done, try again later")
+            }
             Self::StoreUnavailable => f.write_str(
                 "the store cannot be reached; try again later, with an idempotency key so that no \
                  order is placed twice",
@@ -196,6 +199,7 @@ impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::QueueFull => Self::Shed(ShedReason::QueueFull),
+            StoreError::ReadersBusy => Self::Shed(ShedReason::ReadersBusy),
             StoreError::KeyReused => Self::KeyReused,
             StoreError::Unavailable => Self::StoreUnavailable,
             StoreError::DeadlineExceeded => Self::DeadlineExceeded,

@@ -43,7 +43,7 @@ mod tls;
 pub use self::{
     aborts::caller_is_gone,
     load::{ConnectionLoad, RequestLoad},
-    tls::{Tls, TlsError},
+    tls::{Tls, TlsError, TlsFiles},
 };
 
 /// What connections may do.

@@ -9,12 +9,13 @@ use order_service::{
     app::{self, Ended, Inputs, Signals},
     config::Settings,
     layers::ServedBy,
-    listener::Tls,
+    listener::{Tls, TlsFiles},
     logs::{Log, NoLog},
     metrics::LogMetrics,
     panics,
     usage::{self, NoArguments},
 };
+use rustix::process::Signal;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -53,7 +54,12 @@ fn main() -> ExitCode {
 fn read_settings() -> Result<(Settings, Option<Tls>), NoArguments> {
     let settings = Settings::read(env::args_os())?;
     let tls = match (&settings.tls_cert, &settings.tls_key) {
-        (Some(cert), Some(key)) => Some(Tls::load(cert, key, settings.tls_client_ca.as_deref())),
+        (Some(cert), Some(key)) => Some(Tls::load(TlsFiles {
+            cert: cert.clone(),
+            key: key.clone(),
+            client_ca: settings.tls_client_ca.clone(),
+            client_crl: settings.tls_client_crl.clone(),
+        })),
         _ => None,
     };
     let tls = tls.transpose().map_err(|error| NoArguments::BadUsage(error.to_string()))?;
@@ -71,6 +77,8 @@ fn run(settings: &Settings, tls: Option<Tls>, log: LogMetrics) -> anyhow::Result
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("the runtime")?;
     let ended = runtime.block_on(async {
+        // Before any socket opens: a supervisor that sees the port may send a signal at once.
+        let signals = signals()?;
         let inputs = Inputs {
             api: bind("--listen", settings.listen).await?,
             admin: bind("--admin-listen", settings.admin_listen).await?,
@@ -78,7 +86,7 @@ fn run(settings: &Settings, tls: Option<Tls>, log: LogMetrics) -> anyhow::Result
             served_by: ServedBy::new(&host_name(), std::process::id()),
             revision: option_env!("ORDER_SERVICE_REVISION").unwrap_or("unknown"),
             open_files,
-            signals: signals()?,
+            signals,
             log,
         };
         app::run(settings, inputs, Extra::default()).await
@@ -92,21 +100,43 @@ async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("{flag} {address}: cannot listen"))
 }
 
-/// Its number on Linux (x86-64, ARM, RISC-V), macOS and the BSDs.
-const SIGXFSZ: i32 = 25;
+/// Signals that end a process by default and ask nothing of this one: those free for the user, those of
+/// timers, and those of files. With SIGXFSZ handled, a write beyond `ulimit -f` fails like one to a full
+/// disk.
+const IGNORED: [Signal; 7] = [
+    Signal::USR1,
+    Signal::USR2,
+    Signal::ALARM,
+    Signal::VTALARM,
+    Signal::PROF,
+    Signal::IO,
+    Signal::XFSZ,
+];
 
-/// The first SIGTERM or SIGINT asks for a drain, the second for an end.
+/// The first SIGTERM, SIGINT or SIGQUIT starts the drain, the second ends it. SIGHUP reads the TLS files
+/// again. Rust's runtime ignores SIGPIPE by itself.
 fn signals() -> anyhow::Result<Signals> {
+    for ignored in IGNORED {
+        // The handler stays installed when the stream of its signals is dropped.
+        drop(signal(SignalKind::from_raw(ignored.as_raw()))?);
+    }
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // Unhandled, it ends the process when a log or database file reaches RLIMIT_FSIZE; handled, the write
-    // fails as it does on a full disk.
-    let _ = signal(SignalKind::from_raw(SIGXFSZ))?;
+    let (mut quit, mut hangup) = (signal(SignalKind::quit())?, signal(SignalKind::hangup())?);
     let signals = Signals::default();
-    let told = signals.clone();
+    let Signals { drain, now, reload_tls } = signals.clone();
     tokio::spawn(async move {
-        for token in [told.drain, told.now] {
-            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        for token in [drain, now] {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+                _ = quit.recv() => {}
+            }
             token.cancel();
+        }
+    });
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            reload_tls.notify_one();
         }
     });
     Ok(signals)

@@ -344,17 +344,19 @@ pub enum ShedReason {
     InFlight,
     /// `queue_full`: the store's queue is full.
     QueueFull,
+    /// `readers_busy`: more reads wait than the store can answer in time.
+    ReadersBusy,
 }
 
 /// In the order of [`ShedReason`].
-const SHED_REASONS: [&str; 2] = ["in_flight", "queue_full"];
+const SHED_REASONS: [&str; 3] = ["in_flight", "queue_full", "readers_busy"];
 
 /// The handles with which the request layers record.
 #[derive(Debug, Clone)]
 pub struct RequestMetrics {
     /// `requests_in_flight_limit`.
     pub in_flight_limit: IntGauge,
-    shed: [[IntCounter; 2]; 2],
+    shed: [[IntCounter; 3]; 2],
     panics: [IntCounter; 2],
     malformed: [IntCounter; 2],
 }
@@ -367,7 +369,7 @@ impl RequestMetrics {
         let shed = registered(
             registry,
             IntCounterVec::new(
-                Opts::new("requests_shed_total", "Requests refused at once for overload."),
+                Opts::new("requests_shed_total", "Requests refused for overload."),
                 &["protocol", "reason"],
             )?,
         )?;
@@ -389,13 +391,14 @@ impl RequestMetrics {
             )?,
         )?;
         let [grpc, http] = PROTOCOLS;
-        let [in_flight, queue_full] = SHED_REASONS;
+        let by_reason = |protocol| -> Result<_, MetricsError> {
+            let [in_flight, queue_full, readers_busy] =
+                SHED_REASONS.map(|reason| child(&shed, &[protocol, reason]));
+            Ok([in_flight?, queue_full?, readers_busy?])
+        };
         Ok(Self {
             in_flight_limit,
-            shed: [
-                [child(&shed, &[grpc, in_flight])?, child(&shed, &[grpc, queue_full])?],
-                [child(&shed, &[http, in_flight])?, child(&shed, &[http, queue_full])?],
-            ],
+            shed: [by_reason(grpc)?, by_reason(http)?],
             panics: [child(&panics, &[grpc])?, child(&panics, &[http])?],
             malformed: [child(&malformed, &[grpc])?, child(&malformed, &[http])?],
         })

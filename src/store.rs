@@ -13,7 +13,7 @@ use tokio::{
 
 use self::{
     batcher::Queue,
-    engine::{Engine, Failure, Remedy},
+    engine::{Engine, Failure, Purpose, Remedy},
 };
 use crate::{
     config::DatabaseUrl,
@@ -26,6 +26,7 @@ mod engine;
 mod health;
 mod migrate;
 mod postgres;
+mod readers;
 mod replies;
 mod rows;
 mod sqlite;
@@ -47,6 +48,9 @@ pub enum StoreError {
     /// The queue is full: nothing was done.
     #[error("the store's queue is full")]
     QueueFull,
+    /// More reads wait than can have their turn in time: nothing was done.
+    #[error("the store's readers are busy")]
+    ReadersBusy,
     /// The idempotency key names an order with another product or quantity.
     #[error("the idempotency key was used for another order")]
     KeyReused,
@@ -122,15 +126,15 @@ impl Store {
     /// Reads one order.
     ///
     /// # Errors
-    /// `Unavailable`, `DeadlineExceeded` or `Internal`.
+    /// `ReadersBusy`, `Unavailable`, `DeadlineExceeded` or `Internal`.
     pub async fn get(&self, id: OrderId, deadline: Instant) -> Result<Option<Order>, StoreError> {
-        self.read(self.engine.get(id), deadline).await
+        self.read(self.engine.get(id, Purpose::Read), deadline).await
     }
 
     /// Reads at most `limit` orders, newest first, beginning below `before`.
     ///
     /// # Errors
-    /// `Unavailable`, `DeadlineExceeded` or `Internal`.
+    /// `ReadersBusy`, `Unavailable`, `DeadlineExceeded` or `Internal`.
     pub async fn list(
         &self,
         before: Option<OrderId>,
@@ -150,6 +154,11 @@ impl Store {
             Ok(Ok(read)) => {
                 self.health.read_answered();
                 Ok(read)
+            }
+            // To be in line is no failure, and tells of an outage only if there is one.
+            Ok(Err(failure)) if failure.had_no_turn => {
+                let outage = self.health.is_failing();
+                Err(if outage { StoreError::Unavailable } else { StoreError::ReadersBusy })
             }
             Ok(Err(failure)) => {
                 if failure.remedy() != Remedy::OneByOne {

@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{
     NewOrder, StoreError, StoreHealth,
-    engine::{Engine, Failure, Outcome, Remedy},
+    engine::{Engine, Failure, Outcome, Purpose, Remedy},
     replies::{Replies, Reply},
 };
 use crate::{
@@ -279,7 +279,7 @@ impl Writer {
         let mut again = Vec::new();
         for queued in batch {
             if queued.maybe_stored {
-                match self.engine.get(queued.new.order.id).await {
+                match self.engine.get(queued.new.order.id, Purpose::Write).await {
                     Ok(Some(_)) => {
                         again.extend(self.answer(vec![queued], vec![Outcome::New]));
                         continue;

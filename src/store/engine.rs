@@ -12,6 +12,15 @@ use crate::{
     order::{Order, OrderId},
 };
 
+/// What a connection is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Committing, and what a writer has to know for it.
+    Write,
+    /// Answering a read.
+    Read,
+}
+
 /// The two databases.
 #[derive(Debug)]
 pub(super) enum Engine {
@@ -37,10 +46,14 @@ impl Engine {
         }
     }
 
-    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
+    pub(super) async fn get(
+        &self,
+        id: OrderId,
+        purpose: Purpose,
+    ) -> Result<Option<Order>, Failure> {
         match self {
-            Self::Sqlite(engine) => engine.get(id).await,
-            Self::Postgres(engine) => engine.get(id).await,
+            Self::Sqlite(engine) => engine.get(id, purpose).await,
+            Self::Postgres(engine) => engine.get(id, purpose).await,
         }
     }
 
@@ -83,16 +96,28 @@ pub(super) struct Failure {
     pub(super) kind: StoreErrorKind,
     /// Whether the attempt may have been committed all the same.
     pub(super) outcome_unknown: bool,
+    /// Whether it is a read that was in line for all of its time, and never came to the database.
+    pub(super) had_no_turn: bool,
     pub(super) cause: String,
 }
 
 impl Failure {
     pub(super) fn unknown(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
-        Self { kind, outcome_unknown: true, cause: cause.into() }
+        Self { kind, outcome_unknown: true, had_no_turn: false, cause: cause.into() }
     }
 
     pub(super) fn nothing_done(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
-        Self { kind, outcome_unknown: false, cause: cause.into() }
+        Self { kind, outcome_unknown: false, had_no_turn: false, cause: cause.into() }
+    }
+
+    /// A read's turn did not come in time.
+    pub(super) fn no_turn() -> Self {
+        let cause = "no turn among the readers in time";
+        Self { had_no_turn: true, ..Self::nothing_done(StoreErrorKind::Unavailable, cause) }
+    }
+
+    pub(super) fn closed() -> Self {
+        Self::nothing_done(StoreErrorKind::Unavailable, "the store is closed")
     }
 
     /// An error of sqlx, where `of_database` knows the engine's own codes: the kind, and whether the
@@ -111,7 +136,7 @@ impl Failure {
             }
             _ => (StoreErrorKind::Other, true),
         };
-        Self { kind, outcome_unknown, cause: error.to_string() }
+        Self { kind, outcome_unknown, had_no_turn: false, cause: error.to_string() }
     }
 
     /// Whether the connection broke under the statements.

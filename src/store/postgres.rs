@@ -10,10 +10,10 @@ use sqlx::{
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use self::connections::{Connections, Purpose};
+use self::connections::Connections;
 use super::{
     NewOrder, StoreHealth,
-    engine::{Failure, Outcome},
+    engine::{Failure, Outcome, Purpose},
     rows::{Stored, millis, resolve},
 };
 use crate::{
@@ -110,9 +110,13 @@ impl Postgres {
 
     /// A read that meets a broken connection is tried once more, on a new one: after a restart of the
     /// server every idle connection is broken.
-    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
-        match self.try_get(id).await {
-            Err(failure) if failure.is_of_connection() => self.try_get(id).await,
+    pub(super) async fn get(
+        &self,
+        id: OrderId,
+        purpose: Purpose,
+    ) -> Result<Option<Order>, Failure> {
+        match self.try_get(id, purpose).await {
+            Err(failure) if failure.is_of_connection() => self.try_get(id, purpose).await,
             read => read,
         }
     }
@@ -129,8 +133,8 @@ impl Postgres {
         }
     }
 
-    async fn try_get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
-        self.attempt(Purpose::Read, async |connection| {
+    async fn try_get(&self, id: OrderId, purpose: Purpose) -> Result<Option<Order>, Failure> {
+        self.attempt(purpose, async |connection| {
             let row = sqlx::query(GET).bind(uuid(id)).fetch_optional(connection).await;
             let row = row.map_err(|error| failure(&error))?;
             row.as_ref().map(order_of_row).transpose()

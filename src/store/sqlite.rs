@@ -15,11 +15,13 @@ use sqlx::{
         SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
     },
 };
+use tokio::{sync::SemaphorePermit, time::Instant};
 
 use super::{
     NewOrder,
-    engine::{Failure, Outcome},
+    engine::{Failure, Outcome, Purpose},
     migrate,
+    readers::{self, Readers},
     rows::{Stored, millis, resolve},
 };
 use crate::{
@@ -56,6 +58,9 @@ const PAGE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at 
 pub(super) struct Sqlite {
     writer: SqlitePool,
     readers: SqlitePool,
+    /// As many turns as there are connections to read with, so that none of them is waited for, and the
+    /// writer never waits behind more than one read where it shares its connection.
+    turns: Readers,
     /// Held for the life of the process; the database file itself must not be opened and closed
     /// beside SQLite, since closing any descriptor of it drops SQLite's own locks.
     _lock: Option<File>,
@@ -76,7 +81,8 @@ impl Sqlite {
         let writer = open(SqlitePoolOptions::new().max_connections(1), &options).await?;
         let readers = SqlitePoolOptions::new().max_connections(READERS);
         let readers = readers.connect_lazy_with(options.create_if_missing(false));
-        Ok(Self { writer, readers, _lock: Some(lock) })
+        let turns = Readers::new(READERS as usize);
+        Ok(Self { writer, readers, turns, _lock: Some(lock) })
     }
 
     /// One connection for all: each has a memory of its own, and it ends with its connection.
@@ -85,7 +91,7 @@ impl Sqlite {
         // A caller that goes while its connection is tested takes that connection with it.
         let one = one.test_before_acquire(false);
         let pool = open(one, &SqliteConnectOptions::new().in_memory(true)).await?;
-        Ok(Self { writer: pool.clone(), readers: pool, _lock: None })
+        Ok(Self { writer: pool.clone(), readers: pool, turns: Readers::new(1), _lock: None })
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
@@ -116,8 +122,16 @@ impl Sqlite {
         Ok(resolve(batch, stored.map_err(|error| unknown(&error))?))
     }
 
-    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
-        let row = sqlx::query(GET).bind(&id.as_bytes()[..]).fetch_optional(&self.readers).await;
+    pub(super) async fn get(
+        &self,
+        id: OrderId,
+        purpose: Purpose,
+    ) -> Result<Option<Order>, Failure> {
+        let (_turn, pool) = match purpose {
+            Purpose::Read => (Some(self.turn().await?), &self.readers),
+            Purpose::Write => (None, &self.writer),
+        };
+        let row = sqlx::query(GET).bind(&id.as_bytes()[..]).fetch_optional(pool).await;
         let row = row.map_err(|error| failure(&error))?;
         row.as_ref().map(order_of_row).transpose()
     }
@@ -127,6 +141,7 @@ impl Sqlite {
         before: Option<OrderId>,
         limit: u32,
     ) -> Result<Vec<Order>, Failure> {
+        let _turn = self.turn().await?;
         // SQLite orders blobs by their bytes, and no 16 bytes sort after 17 of the highest.
         let before = before.map_or(vec![0xff; 17], |id| id.as_bytes().to_vec());
         let query = sqlx::query(PAGE).bind(before).bind(limit);
@@ -134,7 +149,12 @@ impl Sqlite {
         rows.iter().map(order_of_row).collect()
     }
 
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        self.turns.turn(Instant::now() + readers::WAIT).await
+    }
+
     pub(super) async fn close(&self) {
+        self.turns.close();
         self.readers.close().await;
         self.writer.close().await;
     }

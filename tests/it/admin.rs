@@ -53,8 +53,9 @@ async fn every_series_exists_at_0_after_the_start() {
     for protocol in ["protocol=\"grpc\"", "protocol=\"http\""] {
         assert_eq!(page.value("requests_in_flight", &[protocol]), 0.0);
         assert_eq!(page.value("request_panics_total", &[protocol]), 0.0);
-        for reason in ["reason=\"in_flight\"", "reason=\"queue_full\""] {
-            assert_eq!(page.value("requests_shed_total", &[protocol, reason]), 0.0);
+        for reason in ["in_flight", "queue_full", "readers_busy"] {
+            let reason = format!("reason=\"{reason}\"");
+            assert_eq!(page.value("requests_shed_total", &[protocol, &reason]), 0.0);
         }
     }
     for reason in ["limit", "read_timeout", "tls"] {

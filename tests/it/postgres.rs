@@ -111,6 +111,12 @@ impl PostgresServer {
         rows.into_iter().map(|(pid,)| Pid::from_raw(pid).unwrap()).collect()
     }
 
+    /// The process that accepts its connections.
+    pub fn postmaster(&self) -> Pid {
+        let file = fs::read_to_string(self.dir.path().join("data/postmaster.pid")).unwrap();
+        Pid::from_raw(file.lines().next().unwrap().parse().unwrap()).unwrap()
+    }
+
     /// All the connections that the server has left.
     pub async fn hog(&self) -> Vec<PgConnection> {
         let mut hogged = Vec::new();

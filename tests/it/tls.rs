@@ -9,11 +9,11 @@ use std::{
 
 use axum::{Router, routing::get};
 use order_service::{
-    listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Shutdown, Tls},
+    listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Shutdown, Tls, TlsFiles},
     metrics::ConnectionMetrics,
     workers::Workers,
 };
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -53,12 +53,22 @@ impl Pki {
         self.dir.path().join(name)
     }
 
+    pub fn ca(&self) -> &Issuer<'_, KeyPair> {
+        &self.ca
+    }
+
     /// Writes `NAME.pem` and `NAME.key` for a host.
     pub fn issue(&self, name: &str, host: &str) {
-        let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([host.to_owned()]).unwrap();
         params.distinguished_name.push(DnType::CommonName, host);
-        let cert = params.signed_by(&key, &self.ca).unwrap();
+        self.issue_with(name, params, &self.ca);
+    }
+
+    /// The same with all that a certificate can say, by any CA.
+    #[allow(clippy::needless_pass_by_value, reason = "each certificate has its own")]
+    pub fn issue_with(&self, name: &str, params: CertificateParams, issuer: &Issuer<'_, KeyPair>) {
+        let key = KeyPair::generate().unwrap();
+        let cert = params.signed_by(&key, issuer).unwrap();
         // The key first: a server that looks in between sees two that do not belong together.
         fs::write(self.path(&format!("{name}.key")), key.serialize_pem()).unwrap();
         fs::write(self.path(&format!("{name}.pem")), cert.pem()).unwrap();
@@ -229,7 +239,8 @@ async fn a_certificate_is_swapped_under_load_and_no_connection_drops() {
 async fn a_certificate_that_changes_between_the_start_and_the_first_connection_is_used() {
     let pki = Pki::new();
     pki.issue("server", "old.test");
-    let tls = Tls::load(&pki.path("server.pem"), &pki.path("server.key"), None).unwrap();
+    let (cert, key) = (pki.path("server.pem"), pki.path("server.key"));
+    let tls = Tls::load(TlsFiles { cert, key, client_ca: None, client_crl: None }).unwrap();
     // As while the program waits for its database.
     pki.issue("server", "new.test");
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -290,10 +301,15 @@ async fn files_that_cannot_be_used_are_refused_at_the_start() {
     pki.issue("server", "orders.test");
     pki.issue("other", "orders.test");
     fs::write(pki.path("empty.pem"), "").unwrap();
+    let nonsense = "-----BEGIN X509 CRL-----\nbm9uc2Vuc2U=\n-----END X509 CRL-----\n";
+    fs::write(pki.path("nonsense.pem"), nonsense).unwrap();
     let refused = async |flag: &str, name: &str, expected: &str| {
         let file = pki.path(name);
         let mut flags = pki.flags();
         flags.extend([format!("{flag}={}", file.display())]);
+        if flag == "--tls-client-crl" {
+            flags.extend([format!("--tls-client-ca={}", pki.path("ca.pem").display())]);
+        }
         // The last of two is one too many: replace the first.
         if let Some(at) = flags.iter().position(|f| f == flag) {
             flags.drain(at..at + 2);
@@ -311,4 +327,8 @@ async fn files_that_cannot_be_used_are_refused_at_the_start() {
     refused("--tls-key", "empty.pem", "private key in PEM").await;
     refused("--tls-key", "other.key", "expected the key of").await;
     refused("--tls-client-ca", "empty.pem", "certificates in PEM").await;
+    refused("--tls-client-crl", "missing.pem", "cannot be read").await;
+    refused("--tls-client-crl", "empty.pem", "CRLs in PEM").await;
+    refused("--tls-client-crl", "server.pem", "CRLs in PEM").await;
+    refused("--tls-client-crl", "nonsense.pem", "expected a CRL").await;
 }

@@ -8,13 +8,15 @@ use order_service::{
     order::{Order, OrderId, Placed},
     store::{NewOrder, StoreError, StoreStatus},
 };
-use sqlx::Executor as _;
+use sqlx::{AssertSqlSafe, Executor as _};
 use tokio::time::Instant;
 
 use crate::{
     database::{Database, Opened, later, new, taken, until},
     postgres::PostgresServer,
     proxy::{Proxy, Traffic},
+    slow_reads::{read_all_the_time, slow_on_postgres},
+    support::PATIENCE,
 };
 
 /// A store that talks to its server through a proxy.
@@ -147,6 +149,30 @@ async fn an_order_that_is_refused_when_it_is_sent_again_is_looked_up_first() {
     proxied.proxy.set(Traffic::Passes);
     let placed = call.await.unwrap().unwrap();
     assert_eq!(placed, Placed { order: order.order.clone(), replayed: false });
+    proxied.assert_stored_and_counted(&order.order).await;
+}
+
+/// The writer looks it up by itself: in line among the readers it would hold up all orders behind it.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn an_order_is_looked_up_past_any_number_of_readers() {
+    let proxied = Proxied::start().await;
+    let order = new("book", None);
+    let call = proxied.commits_unanswered(order.clone(), later()).await;
+    Database::refuse_product(&proxied.server.url(), "book").await;
+    proxied.server.connect().await.execute(AssertSqlSafe(slow_on_postgres(0.2))).await.unwrap();
+    // They are in line before the writer tries again.
+    let (mut reads, _) = read_all_the_time(&proxied.opened, 200, 1);
+    tokio::task::yield_now().await;
+    proxied.proxy.set(Traffic::IsCut);
+    proxied.proxy.set(Traffic::Passes);
+    let placed = tokio::time::timeout(PATIENCE, call).await.expect("it is looked up");
+    let expected = Placed { order: order.order.clone(), replayed: false };
+    assert_eq!(placed.unwrap().unwrap(), expected);
+    // The outage was of the connection; to wait for a turn is none.
+    let status = format!("{:?}", proxied.opened.health.status());
+    assert!(!status.contains("no turn") && !status.contains("busy"), "{status}");
+    reads.shutdown().await;
     proxied.assert_stored_and_counted(&order.order).await;
 }
 

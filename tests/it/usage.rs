@@ -48,6 +48,7 @@ async fn a_bad_value_is_refused_in_one_line_that_names_it() {
         ("--tls-cert", "cert.pem", "--tls-key"),
         ("--tls-key", "key.pem", "--tls-cert"),
         ("--tls-client-ca", "ca.pem", "--tls-cert"),
+        ("--tls-client-crl", "crl.pem", "--tls-client-ca"),
     ] {
         let line = refusal(&[&format!("{flag}={value}")], &[], 2).await;
         assert!(line.contains(flag), "{line}");
@@ -88,6 +89,7 @@ async fn the_environment_is_refused_alike() {
         ("ORDER_TLS_CERT", "--tls-cert"),
         ("ORDER_TLS_KEY", "--tls-key"),
         ("ORDER_TLS_CLIENT_CA", "--tls-client-ca"),
+        ("ORDER_TLS_CLIENT_CRL", "--tls-client-crl"),
     ] {
         let line = refusal(&[], &[(name, "b@d")], 2).await;
         assert!(line.contains(flag), "{name}: {line}");
@@ -159,6 +161,8 @@ async fn help_documents_every_flag_with_its_variable_and_default() {
         "--tls-cert",
         "--tls-key",
         "--tls-client-ca",
+        "--tls-client-crl",
+        "ORDER_TLS_CLIENT_CRL",
         "--log-format",
         "--database-pool",
         "--read-timeout",

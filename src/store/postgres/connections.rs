@@ -21,9 +21,15 @@ use tokio::{
 };
 
 use super::failure;
-use crate::{metrics::StoreErrorKind, store::engine::Failure};
+use crate::{
+    metrics::StoreErrorKind,
+    store::{
+        engine::{Failure, Purpose},
+        readers::{self, Readers},
+    },
+};
 
-/// How long to wait for a connection.
+/// How long to wait for a place among the connections, and then for the connection.
 const ACQUIRE: Duration = Duration::from_secs(1);
 
 /// How long a login may take. It goes on without the one who began it, so that a server whose logins
@@ -45,19 +51,11 @@ const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 /// How long the farewells may take.
 const CLOSE: Duration = Duration::from_secs(1);
 
-/// What a connection is wanted for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
-    Write,
-    Read,
-}
-
 #[derive(Debug)]
 pub(super) struct Connections {
     shared: Arc<Shared>,
-    /// Reads that may have a place. There are as many readers as there are requests: they would fill
-    /// every place and the line before it, and no writer would have its turn within its time.
-    reads: Semaphore,
+    /// Those that may have a place.
+    readers: Readers,
 }
 
 /// What the logins hold, too.
@@ -100,26 +98,34 @@ impl Connections {
             places: Semaphore::new(most),
             state: Mutex::default(),
         };
-        let reads = Semaphore::new(most.saturating_sub(writers).max(1));
-        Self { shared: Arc::new(shared), reads }
+        let readers = Readers::new(most.saturating_sub(writers).max(1));
+        Self { shared: Arc::new(shared), readers }
     }
 
     /// A connection that nobody else uses, and that is closed when it is dropped.
     ///
     /// # Errors
-    /// If there is none within a second; nothing was sent then.
+    /// If all are in use for too long, or the server gives none within a second; nothing was sent then.
     pub(super) async fn take(&self, purpose: Purpose) -> Result<Taken<'_>, Failure> {
-        let until = Instant::now() + ACQUIRE;
-        let turn = match purpose {
-            Purpose::Read => Some(place_in(&self.reads, until).await?),
-            Purpose::Write => None,
+        let places = &self.shared.places;
+        let (turn, place) = match purpose {
+            Purpose::Read => {
+                let until = Instant::now() + readers::WAIT;
+                let turn = self.readers.turn(until).await?;
+                (Some(turn), place_in(places, until, Failure::no_turn).await?)
+            }
+            Purpose::Write => {
+                let busy = || none("every connection was busy for 1 s (--database-pool)");
+                (None, place_in(places, Instant::now() + ACQUIRE, busy).await?)
+            }
         };
-        let place = place_in(&self.shared.places, until).await?;
+        // Its own time: what a wait in line left of it would say nothing of the server.
+        let until = Instant::now() + ACQUIRE;
         let held = match self.shared.idle_or_next() {
             Found::Idle(idle) => idle,
             Found::Next(next) => match timeout_at(until, next).await {
                 Ok(Ok(login)) => login?,
-                Ok(Err(_)) => return Err(none(CLOSED)),
+                Ok(Err(_)) => return Err(Failure::closed()),
                 Err(_) => return Err(none("no connection to the server within 1 s")),
             },
         };
@@ -133,7 +139,7 @@ impl Connections {
 
     /// Says farewell to the server on each connection, and opens none any more.
     pub(super) async fn close(&self) {
-        self.reads.close();
+        self.readers.close();
         self.shared.places.close();
         let State { idle, logins, .. } = std::mem::take(&mut *self.shared.state());
         for login in logins {
@@ -147,17 +153,19 @@ impl Connections {
     }
 }
 
-const CLOSED: &str = "the store is closed";
-
 fn none(cause: &str) -> Failure {
     Failure::nothing_done(StoreErrorKind::Unavailable, cause)
 }
 
-async fn place_in(places: &Semaphore, until: Instant) -> Result<SemaphorePermit<'_>, Failure> {
+async fn place_in(
+    places: &Semaphore,
+    until: Instant,
+    too_late: impl FnOnce() -> Failure,
+) -> Result<SemaphorePermit<'_>, Failure> {
     match timeout_at(until, places.acquire()).await {
         Ok(Ok(place)) => Ok(place),
-        Ok(Err(_)) => Err(none(CLOSED)),
-        Err(_) => Err(none("every connection was busy for 1 s (--database-pool)")),
+        Ok(Err(_)) => Err(Failure::closed()),
+        Err(_) => Err(too_late()),
     }
 }
 
