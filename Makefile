@@ -26,7 +26,7 @@ picture: tools
 	PATH="$(TOOLS)/bin:$$PATH" "$(TOOLS)/picture/bin/python" -B docs/picture.py
 
 # Tests of what holds under a steady load, or within a time after a fault: each has the machine to itself.
-ALONE := attacks:: replicas:: load_audit:: outages:: logins:: shared_database:: the_number_that_keda_scales_on
+ALONE := attacks:: cancels:: read_overload:: replicas:: load_audit:: outages:: logins:: shared_database:: the_number_that_keda_scales_on
 
 ## Installs what the tests need on a bare Debian machine and runs them all
 test: tools

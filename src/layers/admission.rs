@@ -56,6 +56,8 @@ struct Budgets {
     arriving: Budget,
     arriving_bytes: Budget,
     unread_bytes: Budget,
+    /// Responses that gave their permit back before they were read.
+    unread: AtomicUsize,
     probes: Budget,
     watches: Budget,
     asking: Asking,
@@ -76,6 +78,7 @@ impl InFlight {
             arriving: Budget::new(ARRIVING),
             arriving_bytes: Budget::new(ARRIVING_BYTES),
             unread_bytes: Budget::new(UNREAD_BYTES),
+            unread: AtomicUsize::new(0),
             probes: Budget::new(PROBES),
             watches: Budget::new(WATCHES),
             asking: Asking::new(),
@@ -85,9 +88,9 @@ impl InFlight {
         }))
     }
 
-    /// How many requests are in flight.
+    /// How many requests have not ended, those included whose response is yet to be read.
     pub fn count(&self) -> usize {
-        self.0.in_flight.taken()
+        self.0.in_flight.taken() + self.0.unread.load(Ordering::Relaxed)
     }
 
     /// Lets a whole request in; `connection` is the one that it came on, if there is one.
@@ -148,6 +151,7 @@ impl InFlight {
         budgets.unread_bytes.take(bytes, Some(&connection.unread_bytes), asking)?;
         if state == ANSWERED {
             load.state.store(RELEASED, Ordering::Relaxed);
+            budgets.unread.fetch_add(1, Ordering::Relaxed);
             budgets.in_flight.release(1, Some(&connection.in_flight));
         }
         Some(Box::new(UnreadResponse { of: self.clone(), bytes, request: request.clone() }))
@@ -274,6 +278,7 @@ impl Drop for Permit {
         if let Some(load) = self.request_load()
             && load.state.swap(RELEASED, Ordering::Relaxed) == RELEASED
         {
+            self.of.0.unread.fetch_sub(1, Ordering::Relaxed);
             return;
         }
         let own = self.connection.as_ref().map(|connection| own(connection.load(), self.class));

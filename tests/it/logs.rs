@@ -289,8 +289,7 @@ async fn refused_requests_write_few_short_lines_and_their_number() {
     let took = refuse().await;
     reported_within_the_limit(&server, "INFO", 200).await;
     let log = server.log();
-    let lines: Vec<_> = log.iter().filter(|line| line["message"] == "request failed").collect();
-    for line in &lines {
+    for line in log.iter().filter(|line| line["message"] == "request failed") {
         let path = line["path"].as_str().unwrap();
         assert!(path.ends_with("x…") && path.len() == 256 + "…".len(), "{line}");
         assert_eq!(line["traceparent"], "", "{line}");
