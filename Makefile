@@ -44,7 +44,12 @@ lint:
 
 ## The rates and ratios of the README, each pair measured in one run
 bench:
-	$(CARGO) bench
+	$(CARGO) bench --bench group_commit --bench metrics_layer --bench overload
+
+## What one hostile peer takes from the service: each attack for 100 s, some 70 minutes in all
+.PHONY: bench-attacks
+bench-attacks:
+	$(CARGO) bench --bench attacks
 
 ## Instructions and allocations per call of the metrics layer and its peers
 bench-instructions:

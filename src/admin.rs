@@ -92,7 +92,8 @@ async fn only_reads() -> Response {
     (StatusCode::METHOD_NOT_ALLOWED, allow, "expected GET or HEAD\n").into_response()
 }
 
-/// Renders the page before it waits for its turn, so that all scrapes that wait share one rendering.
+/// Renders the page before it waits for its turn, so that all scrapes that wait share one
+/// rendering.
 async fn render(State(pages): State<Pages>, mut request: Request, next: Next) -> Response {
     match pages.render().await {
         Ok(page) => {
@@ -108,20 +109,27 @@ async fn render(State(pages): State<Pages>, mut request: Request, next: Next) ->
 struct Page(Bytes);
 
 /// Compresses a page off the runtime's threads, which have requests to serve: it takes about a
-/// millisecond. A scrape too many waits for its turn.
+/// millisecond. At most `SCRAPES` run at once; others
+/// wait.
 async fn off_runtime(
     State(turns): State<Arc<Semaphore>>,
     request: Request,
     next: Next,
 ) -> Response {
-    let _turn = turns.acquire().await.expect("nobody closes it");
+    let turn = turns.acquire_owned().await.expect("nobody closes it");
     let runtime = Handle::current();
     let page = async {
         let (head, body) = next.run(request).await.into_parts();
         let body = to_bytes(body, usize::MAX).await?;
         Ok::<_, axum::Error>(Response::from_parts(head, Body::from(body)))
     };
-    match tokio::task::spawn_blocking(move || runtime.block_on(page)).await {
+    // The turn goes with it: a scrape that is given up must not let a fifth begin.
+    let compressing = tokio::task::spawn_blocking(move || {
+        let page = runtime.block_on(page);
+        drop(turn);
+        page
+    });
+    match compressing.await {
         Ok(Ok(page)) => page,
         Ok(Err(error)) => cannot_write(&error),
         Err(panic) => cannot_write(&panic),
@@ -150,8 +158,8 @@ async fn note_final_scrape(State(admin): State<Admin>, request: Request, next: N
     }
 }
 
-/// 200 as long as traffic is wanted. A store that fails later is told, but does not take the pod out:
-/// with a shared database that would take out all of them at once.
+/// 200 as long as traffic is wanted. A store that fails later is told, but does not take the pod
+/// out: with a shared database that would take out all of them at once.
 async fn readyz(State(admin): State<Admin>) -> Response {
     let unready = |why: String| (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
     let stage = *admin.stage.borrow();

@@ -44,8 +44,8 @@ const REFLECTION: StreamLimits =
 pub struct Extra {
     /// The routes.
     pub routes: Router,
-    /// An encoded `FileDescriptorSet` of the gRPC services among them; empty if there are none. A service
-    /// that is not in it is not served.
+    /// An encoded `FileDescriptorSet` of the gRPC services among them; empty if there are none. A
+    /// service that is not in it is not served.
     pub descriptors: Vec<u8>,
     /// The HTTP routes among them.
     pub http: Vec<Route>,
@@ -106,11 +106,15 @@ pub fn build(
         routes: [rest::metered_routes(), extra.http].concat(),
     };
     let layer = MetricsLayer::new(&metrics.registry, recording)?;
-    let mut names = Vec::new();
+    let mut methods = Vec::new();
     for descriptors in descriptors.into_iter().chain([&*extra.descriptors]) {
-        names.extend(services(descriptors)?.into_iter().map(|(name, _)| name));
+        for (service, descriptor) in services(descriptors)? {
+            methods.extend(
+                descriptor.method.iter().map(|method| format!("/{service}/{}", method.name())),
+            );
+        }
     }
-    let services = GrpcServices::new(names);
+    let services = GrpcServices::new(methods);
     let router = Routes::new(grpc::service(orders.clone()))
         .into_axum_router()
         .merge(rest::routes(orders))
@@ -120,7 +124,7 @@ pub fn build(
         .merge(extra.routes)
         .fallback(layers::no_such_route);
     let timeout = settings.request_timeout;
-    let failure_log = FailureLog::new(requests.clone());
+    let failure_log = FailureLog::new(requests.clone(), &UNRECORDED);
     let log = failure_log.clone();
     let stack = layers::stack(router, services, in_flight, timeout, served_by, requests, log);
     Ok(Api { service: layer.layer(stack), health, failure_log })

@@ -193,7 +193,7 @@ fn api_limits(settings: &Settings, open_files: u64, threads: usize) -> Limits {
             max_connections = settings.max_connections,
             open_files,
             reserved,
-            used = left,
+            accepted = left,
             "fewer connections than --max-connections are accepted: the limit of open files is low"
         );
     }
@@ -212,8 +212,8 @@ fn api_limits(settings: &Settings, open_files: u64, threads: usize) -> Limits {
 fn reserved_descriptors(settings: &Settings, threads: usize) -> usize {
     /// An epoll, its waker and the clone of each that a runtime makes.
     const PER_THREAD: usize = 4;
-    /// The standard streams, both sockets, the signals, the TLS files, `/proc`, a connection that is
-    /// accepted to be closed.
+    /// The standard streams, both sockets, the signals, the TLS files, `/proc`, a connection that
+    /// is accepted to be closed.
     const OTHERS: usize = 32;
     /// SQLite's files and the lock, or as many logins as PostgreSQL's pool begins at once.
     const STORE: usize = 24;

@@ -31,8 +31,8 @@ pub struct Settings {
     #[arg(long, env = "ORDER_ADMIN_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9464", value_parser = address)]
     pub admin_listen: SocketAddr,
 
-    /// Where orders are kept: sqlite://PATH (a file of this process alone), sqlite::memory: (lost at
-    /// the end) or postgres://USER:PASSWORD@HOST/DATABASE (shared by many replicas)
+    /// Where orders are kept: sqlite://PATH (a file of this process alone), sqlite::memory: (lost
+    /// at the end) or postgres://USER:PASSWORD@HOST/DATABASE (shared by many replicas)
     #[arg(
         long,
         env = "DATABASE_URL",
@@ -59,16 +59,18 @@ pub struct Settings {
     #[arg(long, env = "ORDER_MAX_IN_FLIGHT", value_name = "COUNT", default_value = "1024", value_parser = count::<1_000_000>)]
     pub max_in_flight: usize,
 
-    /// API connections; beyond it a new one is closed at once
+    /// API connections; beyond it a new one is closed at once. Cut to what the limit of open files
+    /// leaves
     #[arg(long, env = "ORDER_MAX_CONNECTIONS", value_name = "COUNT", default_value = "10000", value_parser = count::<1_000_000>)]
     pub max_connections: usize,
 
-    /// A connection with nothing in flight for that long is asked to go; 0s: never
+    /// A connection with nothing in flight for that long is asked to go, and closed 30 s later; 0s:
+    /// never
     #[arg(long, env = "ORDER_IDLE_TIMEOUT", value_name = "DURATION", default_value = "2m", value_parser = duration)]
     pub idle_timeout: Duration,
 
-    /// After it, 10 % more or less at random, a connection is asked to go (GOAWAY, connection: close),
-    /// so that clients find new replicas; 0s: never
+    /// After it, 10 % more or less at random, a connection is asked to go (GOAWAY, connection:
+    /// close), so that clients find new replicas; 0s: never
     #[arg(long, env = "ORDER_MAX_CONNECTION_AGE", value_name = "DURATION", default_value = "2m", value_parser = duration)]
     pub max_connection_age: Duration,
 
@@ -84,7 +86,8 @@ pub struct Settings {
     #[arg(long, env = "ORDER_DRAIN_TIMEOUT", value_name = "DURATION", default_value = "20s", value_parser = duration)]
     pub drain_timeout: Duration,
 
-    /// Then: at most how long to keep /metrics up for the final scrapes; must exceed the scrape interval
+    /// Then: at most how long to keep /metrics up for the final scrapes; must exceed the scrape
+    /// interval
     #[arg(long, env = "ORDER_FINAL_SCRAPE_TIMEOUT", value_name = "DURATION", default_value = "0s", value_parser = duration)]
     pub final_scrape_timeout: Duration,
 
@@ -100,14 +103,14 @@ pub struct Settings {
     #[arg(long, env = "ORDER_TLS_KEY", value_name = "FILE", value_parser = pem_file)]
     pub tls_key: Option<PathBuf>,
 
-    /// CA of the clients, PEM: with it, clients must show a certificate that it signed (mTLS), and no
-    /// TLS session is resumed. Re-read when it changes
+    /// CA of the clients, PEM: with it, clients must show a certificate that it signed (mTLS), and
+    /// no TLS session is resumed. Re-read when it changes
     #[arg(long, env = "ORDER_TLS_CLIENT_CA", value_name = "FILE", value_parser = pem_file)]
     pub tls_client_ca: Option<PathBuf>,
 
     /// Revoked certificates of clients, PEM: one or more CRLs; needs --tls-client-ca. Every CA in a
-    /// client's chain must have its CRL here, or the client is refused. Re-read when it changes; a CRL
-    /// past its nextUpdate stays in force
+    /// client's chain must have its CRL here, or the client is refused. Re-read when it changes; a
+    /// CRL past its nextUpdate stays in force
     #[arg(long, env = "ORDER_TLS_CLIENT_CRL", value_name = "FILE", value_parser = pem_file)]
     pub tls_client_crl: Option<PathBuf>,
 

@@ -58,8 +58,8 @@ pub enum Error {
     WrongContentEncoding(String),
     /// The messages of a gRPC request are not protobuf; the text names the content type. gRPC only.
     UnknownCodec(String),
-    /// A gRPC request by another method than POST, or over another HTTP than 2; the text names both.
-    /// gRPC only.
+    /// A gRPC request by another method than POST, or over another HTTP than 2; the text names
+    /// both. gRPC only.
     NotACall(String),
     /// The body is longer than the limit, in bytes. HTTP only.
     TooLarge(usize),
@@ -232,8 +232,8 @@ impl From<Error> for Status {
     }
 }
 
-/// An `application/problem+json` answer (RFC 9457). The error itself is in the response's extensions,
-/// where the request log finds it.
+/// An `application/problem+json` answer (RFC 9457). The error itself is in the response's
+/// extensions, where the request log finds it.
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let Row { status, kind, title, .. } = self.row();

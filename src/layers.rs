@@ -50,8 +50,9 @@ pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Routes under the stack.
 pub type Stack<S> = WithContext<Recover<Shed<KeepDeadline<DrainBody<Speaks<S>>>>>>;
 
-/// The whole stack but for the metrics layer, which goes around it. It goes around the router as that one
-/// does: `Router::layer` would clone the stack and box the request's future and body for each request.
+/// The whole stack but for the metrics layer, which goes around it. It goes around the router as
+/// that one does: `Router::layer` would clone the stack and box the request's future and body for
+/// each request.
 pub fn stack<S>(
     routes: S,
     services: GrpcServices,

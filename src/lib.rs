@@ -2,10 +2,11 @@
 //!
 //! The modules in the order in which a request meets them:
 //!
-//! - [`usage`], [`config`], [`logs`], [`app`]: from the arguments to the running parts, and their end;
+//! - [`usage`], [`config`], [`logs`], [`app`]: from the arguments to the running parts, and their
+//!   end;
 //! - [`listener`]: connections, their limits, their age, TLS; [`workers`]: the threads they are on;
-//! - [`metrics`]: every family; [`metrics::layer`] records each request, by what [`wire`] reads in its
-//!   headers;
+//! - [`metrics`]: every family; [`metrics::layer`] records each request, by what [`wire`] reads in
+//!   its headers;
 //! - [`api`]: the router of both protocols under the one stack of [`layers`];
 //! - [`grpc`], [`rest`]: protocol to domain and back, [`proto`] being what they speak, and
 //!   [`error`] the one table of failures;

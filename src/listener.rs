@@ -90,8 +90,8 @@ pub const MAX_STREAMS: u32 = 256;
 pub enum Phase {
     /// Not begun.
     Serving,
-    /// Connections are accepted and served, but asked to go: HTTP/1 on their next response, HTTP/2 at
-    /// moments spread over the time left.
+    /// Connections are accepted and served, but asked to go: HTTP/1 on their next response, HTTP/2
+    /// at moments spread over the time left.
     Leaving {
         /// When the next phase is to come.
         until: Instant,
@@ -120,7 +120,8 @@ impl Shutdown {
     }
 }
 
-/// What ends a request that does not end by itself; in its extensions. A clone is of the same request.
+/// What ends a request that does not end by itself; in its extensions. A clone is of the same
+/// request.
 #[derive(Debug, Clone, Default)]
 pub struct Ending(Arc<EndingShared>);
 
@@ -147,8 +148,8 @@ impl fmt::Debug for ConnectionControl {
     }
 }
 
-/// Called once for a response over HTTP/2 that its peer does not read at once. What it returns lives as
-/// long as the response; without it the response is cut off.
+/// Called once for a response over HTTP/2 that its peer does not read at once. What it returns
+/// lives as long as the response; without it the response is cut off.
 pub type OnUnread = Arc<dyn Fn(&Ending) -> Option<Unread> + Send + Sync>;
 
 /// What an unread response holds.
@@ -168,8 +169,8 @@ impl Ending {
         Self(Arc::new(EndingShared { connection, ..Default::default() }))
     }
 
-    /// Cancelled when the connection is asked to go, so that streams without an end of their own can
-    /// end.
+    /// Cancelled when the connection is asked to go, so that streams without an end of their own
+    /// can end.
     pub fn leaving(&self) -> CancellationToken {
         self.0.connection.leaving.clone()
     }
@@ -184,8 +185,7 @@ impl Ending {
         &self.0.load
     }
 
-    /// Sets what decides about responses of this connection that its peer does not read, unless it is
-    /// set already.
+    /// Sets the callback for unread responses once; later calls have no effect.
     pub fn set_on_unread(&self, make: impl FnOnce() -> OnUnread) {
         self.0.connection.on_unread.get_or_init(make);
     }
@@ -213,16 +213,16 @@ impl Ending {
         self.0.after_response.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets when the request is cut off, above all because its peer does not read the response: hyper
-    /// does not poll the body of such a one, so it cannot end by itself. The first limit counts; without
-    /// one there is none.
+    /// Sets when the request is cut off, above all because its peer does not read the response:
+    /// hyper does not poll the body of such a one, so it cannot end by itself. The first limit
+    /// counts; without one there is none.
     pub fn set_limit(&self, at: Instant) {
         self.set_response_limit(at);
         self.hold_limit();
     }
 
-    /// The same for a caller that sees to it that there is a response by then: most responses are written
-    /// as they come, and cost no timer.
+    /// The same for a caller that sees to it that there is a response by then: most responses are
+    /// written as they come, and cost no timer.
     pub fn set_response_limit(&self, at: Instant) {
         let _ = self.0.limit.set(at);
     }
@@ -252,8 +252,8 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::fro
 /// As many connections as can wait to be accepted: tokio listens with this backlog.
 const BACKLOG: usize = 1024;
 
-/// How often errors of `accept` are logged at most: out of descriptors, every one that is freed lets one
-/// connection in and the next one fail.
+/// How often errors of `accept` are logged at most: out of descriptors, every one that is freed
+/// lets one connection in and the next one fail.
 const TOLD_AGAIN: Duration = Duration::from_secs(30);
 
 /// Accepts connections and serves them on `workers` until they have all ended after

@@ -16,8 +16,8 @@ use crate::{config::LogFormat, metrics::LogMetrics};
 
 pub mod writer;
 
-/// Without the driver's lines of what the database server says to each connection: the store tells an
-/// outage once.
+/// Without the driver's lines of what the database server says to each connection: the store tells
+/// an outage once.
 const DEFAULT: [&str; 2] = ["info", "sqlx::postgres::notice=off"];
 
 /// Limit of the flush when the process ends: stderr may be a pipe that nobody reads.
@@ -43,8 +43,9 @@ pub enum NoLog {
 }
 
 impl Log {
-    /// Starts logging to stderr; `filter` is the value of `RUST_LOG`, see [`subscriber`]. From then on
-    /// only the log's thread may use stderr: it holds stderr's lock for as long as a write blocks.
+    /// Starts logging to stderr; `filter` is the value of `RUST_LOG`, see [`subscriber`]. From then
+    /// on only the log's thread may use stderr: it holds stderr's lock for as long as a write
+    /// blocks.
     ///
     /// # Errors
     /// See [`NoLog`].
@@ -94,8 +95,9 @@ where
 }
 
 /// Stricter than the filter itself, which takes a misspelt level for the name of a target and then
-/// silences all others, fatal errors too. A level that the build is without (`trace` of a release) is taken
-/// for the nearest: the filter would write a warning of its own to stderr, in no log format.
+/// silences all others, fatal errors too. A level that the build is without (`trace` of a release)
+/// is taken for the nearest: the filter would write a warning of its own to stderr, in no log
+/// format.
 fn read_filter(text: &str) -> Result<EnvFilter, String> {
     let refused = || {
         format!(

@@ -100,9 +100,9 @@ async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("{flag} {address}: cannot listen"))
 }
 
-/// Signals that end a process by default and ask nothing of this one: those free for the user, those of
-/// timers, and those of files. With SIGXFSZ handled, a write beyond `ulimit -f` fails like one to a full
-/// disk.
+/// Signals that end a process by default and ask nothing of this one: those free for the user,
+/// those of timers, and those of files. With SIGXFSZ handled, a write beyond `ulimit -f` fails like
+/// one to a full disk.
 const IGNORED: [Signal; 7] = [
     Signal::USR1,
     Signal::USR2,
@@ -113,8 +113,8 @@ const IGNORED: [Signal; 7] = [
     Signal::XFSZ,
 ];
 
-/// The first SIGTERM, SIGINT or SIGQUIT starts the drain, the second ends it. SIGHUP reads the TLS files
-/// again. Rust's runtime ignores SIGPIPE by itself.
+/// The first SIGTERM, SIGINT or SIGQUIT starts the drain, the second ends it. SIGHUP reads the TLS
+/// files again. Rust's runtime ignores SIGPIPE by itself.
 fn signals() -> anyhow::Result<Signals> {
     for ignored in IGNORED {
         // The handler stays installed when the stream of its signals is dropped.

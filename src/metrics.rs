@@ -98,8 +98,8 @@ impl Metrics {
     }
 }
 
-/// The handles of the log's families. The log starts before there is a registry; [`Metrics::watch_log`]
-/// registers them.
+/// The handles of the log's families. The log starts before there is a registry;
+/// [`Metrics::watch_log`] registers them.
 #[derive(Debug, Clone)]
 pub struct LogMetrics {
     /// `log_lines_dropped_total`.
@@ -221,9 +221,10 @@ pub enum AbortReason {
     BadRequest,
     /// `head_too_large`: an HTTP/1 head over the limit, answered with 431 or 414.
     HeadTooLarge,
-    /// `enhance_your_calm`: too many HTTP/2 resets or CONTINUATION frames.
+    /// `enhance_your_calm`: too many HTTP/2 resets or CONTINUATION frames, or a header block that
+    /// is far over the limit.
     EnhanceYourCalm,
-    /// `compression_error`: an HTTP/2 header block that cannot be decoded, or is far over the limit.
+    /// `compression_error`: the rest of an HTTP/2 header block that is over the limit does not end.
     CompressionError,
     /// `flow_control_error`, HTTP/2.
     FlowControlError,

@@ -16,8 +16,8 @@ thread_local! {
 }
 
 /// From now on, panics that [`contained`] will report are noted, all others are logged. For `main`
-/// alone: the hook is the process's. It must never panic, which would abort the process; the log does
-/// not, whatever stderr is.
+/// alone: the hook is the process's. It must never panic, which would abort the process; the log
+/// does not, whatever stderr is.
 pub fn log_panics() {
     set_hook(Box::new(|info: &PanicHookInfo<'_>| {
         let place = info.location().map(ToString::to_string).unwrap_or_default();

@@ -1,8 +1,8 @@
 //! Where orders are kept: the queue and the group commit (`batcher`), and the two engines. The only
 //! SQL of the service is in this module's children.
 //!
-//! Knows [`mod@crate::order`], the handles of [`crate::metrics`] and the database URL; nothing of the
-//! protocols.
+//! Knows [`mod@crate::order`], the handles of [`crate::metrics`] and the database URL; nothing of
+//! the protocols.
 
 use std::sync::Arc;
 
@@ -83,8 +83,8 @@ pub struct Store {
 
 impl Store {
     /// Opens a database and brings its tables up to date. A PostgreSQL server that is not up yet is
-    /// waited for, at most 30 s; `health` tells why meanwhile. `pool` is the number of connections to
-    /// it, at least 1.
+    /// waited for, at most 30 s; `health` tells why meanwhile. `pool` is the number of connections
+    /// to it, at least 1.
     ///
     /// # Errors
     /// If the database cannot be reached, is locked by another process, refuses the login, or was
@@ -114,8 +114,8 @@ impl Store {
 
     /// Places an order, or finds the one that its key has already placed.
     ///
-    /// A caller that drops this future before its order was sent to the database places nothing; one
-    /// that drops it later may have placed it.
+    /// A caller that drops this future before its order was sent to the database places nothing;
+    /// one that drops it later may have placed it.
     ///
     /// # Errors
     /// Any [`StoreError`].
@@ -194,8 +194,8 @@ impl Writers {
         }
     }
 
-    /// Waits until every clone of the store is gone and every order that was queued is settled; then
-    /// closes the database.
+    /// Waits until every clone of the store is gone and every order that was queued is settled;
+    /// then closes the database.
     ///
     /// # Errors
     /// If a writer ended before its orders were settled.

@@ -1,5 +1,5 @@
-//! The command line of either program: what cannot be used is refused in one line, with exit code 2.
-//! A stderr that is broken or that nobody reads causes neither a panic nor an unbounded wait.
+//! The command line of either program: what cannot be used is refused in one line, with exit code
+//! 2. A stderr that is broken or that nobody reads causes neither a panic nor an unbounded wait.
 //!
 //! Depends on nothing of ours.
 
@@ -36,8 +36,8 @@ impl NoArguments {
         Self::BadUsage(format!("{given} {file:?}: expected {missing} with it"))
     }
 
-    /// Tells the user. The exit code: 0 for what was asked for, 1 if it could not be written, 2 for bad
-    /// usage. The text on stdout waits for its reader, as the output of any command does.
+    /// Tells the user. The exit code: 0 for what was asked for, 1 if it could not be written, 2 for
+    /// bad usage. The text on stdout waits for its reader, as the output of any command does.
     pub fn tell(&self, program: &str) -> ExitCode {
         match self {
             Self::Asked(text) => {
@@ -53,8 +53,8 @@ impl NoArguments {
     }
 }
 
-/// Writes one line to stderr, for a process that has no log. Gives up after a second; the write then goes
-/// on until the process ends.
+/// Writes one line to stderr, for a process that has no log. Gives up after a second; the write
+/// then goes on until the process ends.
 pub fn report(program: &str, line: &str) {
     let line = format!("{program}: {line}\n");
     let (done, written) = mpsc::channel();

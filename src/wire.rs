@@ -8,8 +8,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// The first value of a header. Looks at each in turn: among the few that gRPC's requests and trailers
-/// have that takes a third of what it takes to hash a name.
+/// The first value of a header. Looks at each in turn: among the few that gRPC's requests and
+/// trailers have that takes a third of what it takes to hash a name.
 pub fn first<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h HeaderValue> {
     headers.iter().find_map(|(found, value)| (found == name).then_some(value))
 }

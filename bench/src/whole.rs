@@ -31,7 +31,7 @@ impl Whole {
         let in_flight = InFlight::new(settings.max_in_flight);
         let served_by = ServedBy::new("bench", 1);
         let api = api::build(&settings, store, in_flight, served_by, &metrics, Extra::default());
-        Self { api: api.await.expect(VALID), _writers: writers }
+        Self { api: api.expect(VALID), _writers: writers }
     }
 
     /// One order, its response read to its end.

@@ -27,21 +27,22 @@ const ARRIVING: usize = 4096;
 /// Bytes that those hold.
 const ARRIVING_BYTES: usize = 48 * 1024 * 1024;
 
-/// Bytes that a request is counted with besides its body: its stream, its task, the decoder's buffer;
-/// and for each of its header fields.
+/// Fixed cost of an arriving request in bytes, without its body: its stream, its task, the
+/// decoder's buffer; and the cost of each header field.
 const REQUEST_BYTES: usize = 12 * 1024;
 const FIELD_BYTES: usize = 160;
 
-/// Bytes of responses that their peers have not read. Such a response is not in flight any more: a peer
-/// that reads nothing would hold every permit.
+/// Bytes of responses that their peers have not read. Such a response is not in flight any more: a
+/// peer that reads nothing would hold every permit.
 const UNREAD_BYTES: usize = 48 * 1024 * 1024;
 
 /// What an unread response is counted with, if its size is not known: its stream, its task, the
 /// encoder's buffer.
 const RESPONSE_BYTES: usize = 16 * 1024;
 
-/// Health checks and streams of reflection.
-const PROBES: usize = 256;
+/// Health checks, until they are answered, and streams of reflection.
+const CHECKS: usize = 256;
+const REFLECTIONS: usize = 256;
 
 /// Health's `Watch` streams: one for each of the default `--max-connections`.
 const WATCHES: usize = 10_000;
@@ -58,13 +59,18 @@ struct Budgets {
     unread_bytes: Budget,
     /// Responses that gave their permit back before they were read.
     unread: AtomicUsize,
-    probes: Budget,
+    checks: Budget,
+    reflections: Budget,
     watches: Budget,
     asking: Asking,
+    /// The same of health checks and reflection: they take no place from requests.
+    probing: Asking,
+    /// Requests whose body has not come whole.
+    incomplete: AtomicUsize,
     /// Whether the last request was shed: the begin and the end of such a time are logged, not each
     /// request in it.
     shedding: AtomicBool,
-    /// Whether the begin was logged, and the end must be.
+    /// The start of shedding was logged, so its end must be logged, too.
     begin_logged: AtomicBool,
     /// A stranger can make shedding begin and end many times a second.
     lines: Limit,
@@ -79,18 +85,23 @@ impl InFlight {
             arriving_bytes: Budget::new(ARRIVING_BYTES),
             unread_bytes: Budget::new(UNREAD_BYTES),
             unread: AtomicUsize::new(0),
-            probes: Budget::new(PROBES),
+            checks: Budget::new(CHECKS),
+            reflections: Budget::new(REFLECTIONS),
             watches: Budget::new(WATCHES),
             asking: Asking::new(),
+            probing: Asking::new(),
+            incomplete: AtomicUsize::new(0),
             shedding: AtomicBool::new(false),
             begin_logged: AtomicBool::new(false),
             lines: Limit::default(),
         }))
     }
 
-    /// How many requests have not ended, those included whose response is yet to be read.
+    /// How many requests have not ended, whether they are whole, in flight, or waiting to be read.
     pub fn count(&self) -> usize {
-        self.0.in_flight.taken() + self.0.unread.load(Ordering::Relaxed)
+        let [unread, incomplete] =
+            [&self.0.unread, &self.0.incomplete].map(|count| count.load(Ordering::Relaxed));
+        self.0.in_flight.taken() + unread + incomplete
     }
 
     /// Lets a whole request in; `connection` is the one that it came on, if there is one.
@@ -102,10 +113,13 @@ impl InFlight {
     ) -> Result<Permit, Error> {
         let budgets = &*self.0;
         let load = connection.map(Ending::load);
-        let asking = load.map_or(1, |load| budgets.asking.note(load, now));
+        let asking = load.map_or(1, |load| budgets.asking(load, class, now));
         let budget = budgets.of(class);
         let Some(before) = budget.take(1, load.map(|load| own(load, class)), asking) else {
+            // A connection that has its share is shed while there is room for others.
+            let full = budget.taken() >= budget.size() - budget.size() / 16;
             if class == Class::Counted
+                && full
                 && !budgets.shedding.swap(true, Ordering::Relaxed)
                 && budgets.lines.admits()
             {
@@ -126,7 +140,7 @@ impl InFlight {
             tracing::info!("requests are no longer shed");
         }
         if let Some(connection) = connection {
-            if class != Class::Counted {
+            if matches!(class, Class::Watch | Class::Reflection) {
                 connection.request_load().state.store(EXEMPT, Ordering::Relaxed);
             }
             connection.set_on_unread(|| {
@@ -137,8 +151,8 @@ impl InFlight {
         Ok(Permit { of: self.clone(), class, connection: connection.cloned() })
     }
 
-    /// A response that its peer does not read gives its permit back, and its bytes are counted; `None`
-    /// if there is no room for them.
+    /// A response that its peer does not read gives its permit back, and its bytes are counted;
+    /// `None` if there is no room for them and it has no permit.
     fn leave_unread(&self, request: &Ending) -> Option<Unread> {
         let load = request.request_load();
         let state = load.state.load(Ordering::Relaxed);
@@ -146,9 +160,14 @@ impl InFlight {
             return Some(Box::new(()));
         }
         let (budgets, connection) = (&*self.0, request.load());
-        let asking = budgets.asking.note(connection, Instant::now());
+        let asking = budgets.asking.note(&connection.last_asked, Instant::now());
         let bytes = load.response_bytes.load(Ordering::Relaxed).max(RESPONSE_BYTES);
-        budgets.unread_bytes.take(bytes, Some(&connection.unread_bytes), asking)?;
+        if budgets.unread_bytes.take(bytes, Some(&connection.unread_bytes), asking).is_none() {
+            if budgets.lines.admits() {
+                tracing::info!("a response was cut off: its connection has too many unread ones");
+            }
+            return None;
+        }
         if state == ANSWERED {
             load.state.store(RELEASED, Ordering::Relaxed);
             budgets.unread.fetch_add(1, Ordering::Relaxed);
@@ -157,16 +176,25 @@ impl InFlight {
         Some(Box::new(UnreadResponse { of: self.clone(), bytes, request: request.clone() }))
     }
 
+    /// Counts a request whose body has yet to come, if it counts for the drain.
+    pub(super) fn expect(&self, class: Class) -> Option<Incomplete> {
+        (class == Class::Counted).then(|| {
+            self.0.incomplete.fetch_add(1, Ordering::Relaxed);
+            Incomplete(self.clone())
+        })
+    }
+
     /// Counts a request of which only a part has come.
     pub(super) fn arrive(
         &self,
+        class: Class,
         fields: usize,
         connection: Option<&Ending>,
         now: Instant,
     ) -> Result<Arrival, Error> {
         let budgets = &*self.0;
         let load = connection.map(Ending::load);
-        let asking = load.map_or(1, |load| budgets.asking.note(load, now));
+        let asking = load.map_or(1, |load| budgets.asking(load, class, now));
         let own = load.map(|load| &load.arriving);
         budgets.arriving.take(1, own, asking).ok_or(Error::Shed(ShedReason::InFlight))?;
         let mut arrival =
@@ -177,10 +205,18 @@ impl InFlight {
 }
 
 impl Budgets {
+    fn asking(&self, load: &ConnectionLoad, class: Class, now: Instant) -> usize {
+        match class {
+            Class::Counted => self.asking.note(&load.last_asked, now),
+            _ => self.probing.note(&load.last_probed, now),
+        }
+    }
+
     fn of(&self, class: Class) -> &Budget {
         match class {
             Class::Counted => &self.in_flight,
-            Class::Check | Class::Reflection => &self.probes,
+            Class::Check => &self.checks,
+            Class::Reflection => &self.reflections,
             Class::Watch => &self.watches,
         }
     }
@@ -189,15 +225,16 @@ impl Budgets {
 fn own(load: &ConnectionLoad, class: Class) -> &AtomicUsize {
     match class {
         Class::Counted => &load.in_flight,
-        Class::Check | Class::Reflection => &load.probes,
+        Class::Check => &load.checks,
+        Class::Reflection => &load.reflections,
         Class::Watch => &load.watches,
     }
 }
 
-/// By which limits a request is held.
+/// Selects the budget of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
-    /// A call or a request: the business.
+    /// An order request; limited by `--max-in-flight`.
     Counted,
     /// `Check` of health: an orchestrator must learn that an overloaded server lives.
     Check,
@@ -226,14 +263,20 @@ impl Class {
         self == Self::Reflection
     }
 
-    /// Whether the deadline holds for it: not for streams that have no end of their own.
+    /// Whether its response must begin by the deadline.
     pub(super) fn has_deadline(self) -> bool {
+        self != Self::Reflection
+    }
+
+    /// Whether its response ends by itself, and must end some time after the deadline.
+    pub(super) fn ends(self) -> bool {
         matches!(self, Self::Counted | Self::Check)
     }
 }
 
-/// One request's place in the budget of its class, as long as it lives. Nobody waits for one, so that
-/// counts are enough: a semaphore takes a lock that all threads share when a permit is given back.
+/// One request's place in the budget of its class, as long as it lives. Nobody waits for one, so
+/// that counts are enough: a semaphore takes a lock that all threads share when a permit is given
+/// back.
 #[derive(Debug)]
 pub(super) struct Permit {
     of: InFlight,
@@ -241,15 +284,32 @@ pub(super) struct Permit {
     connection: Option<Ending>,
 }
 
-/// States of a request's [`RequestLoad`], which begins with 0: it has budgets of its own, so that
-/// nothing here concerns it; its response is there, and it is in flight; the same, and its handler still
-/// makes the response; its permit was given back.
+// States of a request's [`RequestLoad`]; 0 before there is a response.
+/// A stream with a budget of its own.
 const EXEMPT: u8 = 1;
+/// The response head was sent; the permit is held.
 const ANSWERED: u8 = 2;
+/// The same, and the handler still produces the body.
 const PRODUCING: u8 = 3;
+/// The permit was given back.
 const RELEASED: u8 = 4;
 
+/// A request whose body has not come whole, as long as it lives.
+#[derive(Debug)]
+pub(super) struct Incomplete(InFlight);
+
+impl Drop for Incomplete {
+    fn drop(&mut self) {
+        self.0.0.incomplete.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Permit {
+    /// Whether it is given back with the head of the response, which is all there is to do.
+    pub(super) fn ends_with_head(&self) -> bool {
+        self.class == Class::Check
+    }
+
     /// There is a response of so many bytes, if that is known.
     pub(super) fn answered(&self, bytes: Option<u64>) {
         if let Some(load) = self.request_load() {
@@ -259,7 +319,7 @@ impl Permit {
         }
     }
 
-    /// The rest of the response is being made, or not any more.
+    /// Sets whether the handler is still producing the body.
     pub(super) fn set_producing(&self, producing: bool) {
         let (from, to) = if producing { (ANSWERED, PRODUCING) } else { (PRODUCING, ANSWERED) };
         if let Some(load) = self.request_load() {
@@ -350,7 +410,8 @@ mod tests {
     #[test]
     fn what_arrives_is_given_back_to_both_sides() {
         let (in_flight, connection) = (InFlight::new(1), Ending::default());
-        let mut arrival = in_flight.arrive(10, Some(&connection), Instant::now()).unwrap();
+        let mut arrival =
+            in_flight.arrive(Class::Counted, 10, Some(&connection), Instant::now()).unwrap();
         arrival.add(1000).unwrap();
         let held = REQUEST_BYTES + 10 * FIELD_BYTES + 1000;
         let load = connection.load();

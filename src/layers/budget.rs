@@ -1,17 +1,15 @@
 //! Budgets that all connections share: requests in flight, requests that have not arrived whole,
-//! probes. The rule by which connections share them stands here once.
+//! probes. Implements the fair-share rule.
 //!
-//! Knows [`ConnectionLoad`], nothing of requests.
+//! Knows numbers, nothing of requests.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use tokio::time::Instant;
 
-use crate::listener::ConnectionLoad;
-
-/// From this size on a budget keeps its last places for connections that hold no more than a part of
-/// it that is this small.
+/// Budgets of at least this size keep their last quarter for connections that hold at most this part.
 const LARGE: usize = 256;
+const SMALL_PART: usize = 128;
 
 /// A number of places.
 #[derive(Debug)]
@@ -33,12 +31,11 @@ impl Budget {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// Takes places for a connection that holds `own` of them, while `asking` connections ask; returns
-    /// how many were taken before. Three rules keep room for connections that hold little:
+    /// Takes places for a connection that holds `own` of them, while `asking` connections ask;
+    /// returns how many were taken before. Two rules keep room for connections that hold little:
     /// - while others ask, a connection gets no more than a quarter of the places;
-    /// - the last quarter is for connections that hold less than an equal part;
-    /// - of a large budget the last sixteenth is for connections that hold next to nothing, however many
-    ///   others come at once.
+    /// - the last quarter is for connections that hold less than an equal part. Of a large budget it
+    ///   is for those that hold next to nothing, however many others come at once.
     pub(super) fn take(
         &self,
         places: usize,
@@ -54,13 +51,10 @@ impl Budget {
         }
         // Rounded up, so that connections which ask for the same may take all of it together.
         let equal_part = self.size.div_ceil(asking.max(1));
-        let last = if self.size >= LARGE { self.size / 16 } else { 0 };
-        let little = self.size / LARGE;
+        let little = if self.size >= LARGE { self.size / SMALL_PART } else { equal_part };
         let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
             let after = taken.checked_add(places).filter(|after| *after <= self.size)?;
-            let left = self.size - after;
-            let may = (left >= quarter || within(equal_part)) && (left >= last || within(little));
-            may.then_some(after)
+            (self.size - after >= quarter || within(little.min(equal_part))).then_some(after)
         });
         if let (Ok(_), Some(own)) = (taken, own) {
             own.fetch_add(places, Ordering::Relaxed);
@@ -91,16 +85,18 @@ impl Asking {
         Self { started: Instant::now(), window: AtomicU64::new(0) }
     }
 
-    /// Notes a request of a connection; returns how many connections asked in this second or in the
-    /// one before, whichever is more, at least 1. Costs one write for each connection and second.
-    pub(super) fn note(&self, connection: &ConnectionLoad, now: Instant) -> usize {
+    /// Notes a request of the connection that asked last at `last_asked`; returns how many
+    /// connections asked in this second or in the one before, whichever is more, at least 1. Costs
+    /// one write for each connection and second.
+    pub(super) fn note(&self, last_asked: &AtomicU32, now: Instant) -> usize {
         // From 1, since 0 is the second of a connection that has not asked.
         let second = now.saturating_duration_since(self.started).as_secs() + 1;
         let second = u32::try_from(second).unwrap_or(u32::MAX);
-        let window = if connection.last_asked.load(Ordering::Relaxed) == second {
+        // The body of an older request may arrive after a newer request.
+        let window = if last_asked.load(Ordering::Relaxed) >= second {
             self.window.load(Ordering::Relaxed)
         } else {
-            connection.last_asked.store(second, Ordering::Relaxed);
+            last_asked.store(second, Ordering::Relaxed);
             let add = |window| Some(Window::unpack(window).with_one_more(second).pack());
             let (Ok(before) | Err(before)) =
                 self.window.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
@@ -177,7 +173,7 @@ mod tests {
                 for _ in 0..300 {
                     budget.take(1, Some(&greedy), asking);
                 }
-                if budget.size - budget.taken() <= 64 {
+                if budget.size - budget.taken() <= 96 {
                     break;
                 }
             }
@@ -214,12 +210,15 @@ mod tests {
     #[test]
     fn connections_count_in_their_second_and_the_next() {
         let asking = Asking::new();
-        let connections: [ConnectionLoad; 5] = Default::default();
+        let connections: [AtomicU32; 5] = Default::default();
         let at = |millis| asking.started + Duration::from_millis(millis);
         let counts: Vec<_> = connections.iter().map(|it| asking.note(it, at(100))).collect();
         assert_eq!(counts, [1, 2, 3, 4, 5]);
         assert_eq!(asking.note(&connections[0], at(999)), 5);
         assert_eq!(asking.note(&connections[0], at(1500)), 5);
+        // A request of the second before makes nothing of it.
+        assert_eq!(asking.note(&connections[0], at(990)), 5);
+        assert_eq!(asking.note(&connections[0], at(1550)), 5);
         assert_eq!(asking.note(&connections[1], at(1600)), 5);
         assert_eq!(asking.note(&connections[1], at(2100)), 2);
         assert_eq!(asking.note(&connections[1], at(9000)), 1);

@@ -1,4 +1,5 @@
-//! Gives every request its id and every response the server's name; passes failures to the failure log.
+//! Gives every request its id and every response the server's name; passes failures to the failure
+//! log.
 
 use std::{
     convert::Infallible,
@@ -37,9 +38,9 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// Longest id of a caller's that is kept, in bytes.
 const MAX_ID: usize = 128;
 
-/// What the layers and the log know of a request. In its extensions as one, since each value there is
-/// allocated by itself. Holds copies: a `HeaderValue` or the `Uri` would keep the whole header block in
-/// memory.
+/// What the layers and the log know of a request. In its extensions as one, since each value there
+/// is allocated by itself. Holds copies: a `HeaderValue` or the `Uri` would keep the whole header
+/// block in memory.
 #[derive(Debug)]
 pub(super) struct Call {
     id: Text<MAX_ID>,
@@ -48,8 +49,8 @@ pub(super) struct Call {
     pub(super) protocol: Protocol,
     pub(super) method: Method,
     path: Path,
-    /// Whether the caller's `grpc-timeout` is shorter than the server's deadline: the deadline layer sets
-    /// it.
+    /// Whether the caller's `grpc-timeout` is shorter than the server's deadline: the deadline
+    /// layer sets it.
     pub(super) short_timeout: AtomicBool,
     /// When the answer is due: the deadline layer sets it, of every request that is not exempt.
     pub(super) deadline: OnceLock<Instant>,
@@ -76,13 +77,13 @@ impl Call {
         *self.admission() = Admission::Refused(error);
     }
 
-    /// Takes what became of the request since; an answered one is not let in any more.
+    /// Takes the admission state. An answered request is never admitted.
     pub(super) fn take_admission(&self, answered: bool) -> Admission {
         let next = if answered { Admission::Answered } else { Admission::Arriving };
         mem::replace(&mut *self.admission(), next)
     }
 
-    /// Why a request ends whose caller went before it was whole.
+    /// Returns the error for a caller that left before the request was complete.
     pub(super) fn caller_gone(&self) -> Error {
         let passed = self.deadline.get().is_some_and(|deadline| *deadline <= Instant::now());
         if passed { Error::DeadlineExceeded } else { Error::CallerGone }
@@ -187,8 +188,8 @@ where
             shared: self.shared.clone(),
         });
         request.extensions_mut().insert(call.clone());
-        // The span is for those who debug: to make one costs more than all of the stack. The line of
-        // a failed request carries the same by itself.
+        // The span is for those who debug: to make one costs more than all of the stack. The line
+        // of a failed request carries the same by itself.
         let span = tracing::debug_span!(
             "request",
             request_id = call.id.as_str(),

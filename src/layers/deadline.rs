@@ -1,5 +1,5 @@
-//! The deadline of a request: the server's or, if it is sooner, the one that the client asked for by
-//! `grpc-timeout`.
+//! The deadline of a request: the server's or, if it is sooner, the one that the client asked for
+//! by `grpc-timeout`.
 
 use std::{
     pin::Pin,
@@ -79,7 +79,9 @@ where
         call.short_timeout.store(timeout < self.request_timeout, Ordering::Relaxed);
         let now = call.received_at;
         let deadline = now + timeout;
-        if let Some(ending) = request.extensions().get::<Ending>() {
+        if let Some(ending) = request.extensions().get::<Ending>()
+            && call.class.ends()
+        {
             ending.set_response_limit(now + self.request_timeout + READING);
         }
         // The request is new, and so is its call.

@@ -1,5 +1,5 @@
-//! Reads what is left of an HTTP/1 request's body once it was answered early: a server that closes with
-//! unread bytes resets the connection, and the answer is lost on its way.
+//! Reads what is left of an HTTP/1 request's body once it was answered early: a server that closes
+//! with unread bytes resets the connection, and the answer is lost on its way.
 
 use std::{
     pin::Pin,
@@ -18,8 +18,8 @@ use tower::{Layer, Service};
 
 use crate::{error::Error, listener::Ending};
 
-/// How much of a body is read for nothing, in bytes from its start, and how long after the response
-/// was written. Beyond either the connection is closed under the sender.
+/// Limit of discarded body bytes, counted from the start of the body, and of the time after the
+/// response was written. Beyond either the connection is closed under the sender.
 const MAX_DRAIN: usize = 8 * 1024 * 1024;
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(2);
 

@@ -1,6 +1,6 @@
-//! Logs every failed request once, with its id and the caller's trace. Strangers can fail requests at
-//! will, so the lines that they cause are short and limited to 10 a second; one more line a second reports
-//! how many were omitted.
+//! Logs every failed request once, with its id and the caller's trace. Strangers can fail requests
+//! at will, so the lines that they cause are short and limited to 10 a second; one more line a
+//! second reports how many were omitted.
 //!
 //! Depends on the error table, not on the other layers.
 
@@ -44,10 +44,12 @@ pub struct FailureLog(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     metrics: Arc<RequestMetrics>,
+    /// Full names of the gRPC services whose calls are in no metric.
+    unrecorded: &'static [&'static str],
     /// For failures that are the caller's fault.
     callers: Limit,
-    /// For the server's deadline. A caller who sends slowly can make it pass, but so can a slow server: a
-    /// flood of other failures must not hide these lines.
+    /// For the server's deadline. A caller who sends slowly can make it pass, but so can a slow
+    /// server: a flood of other failures must not hide these lines.
     deadlines: Limit,
     /// Notified when a line is omitted.
     omitted: Notify,
@@ -62,16 +64,25 @@ enum Severity {
     Deadline,
     /// The caller's fault.
     Caller,
-    /// One of thousands in an outage or an overload, whose begin and end are logged where they are noticed;
-    /// the metrics have the number.
+    /// One of thousands in an outage or an overload, whose begin and end are logged where they are
+    /// noticed; the metrics have the number.
     Debug,
 }
 
 impl FailureLog {
-    /// Also counts shed and malformed requests in the metrics.
-    pub fn new(metrics: Arc<RequestMetrics>) -> Self {
+    /// Also counts shed and malformed requests in the metrics. Malformed calls of `unrecorded`
+    /// services, by their full names, are not counted: the error ratio subtracts malformed calls
+    /// from calls that are recorded.
+    pub fn new(metrics: Arc<RequestMetrics>, unrecorded: &'static [&'static str]) -> Self {
         let (callers, deadlines, omitted) = Default::default();
-        Self(Arc::new(Shared { metrics, callers, deadlines, omitted }))
+        Self(Arc::new(Shared { metrics, unrecorded, callers, deadlines, omitted }))
+    }
+
+    fn count_malformed(&self, subject: &Subject<'_>) {
+        let service = subject.path.strip_prefix('/').and_then(|path| path.split_once('/'));
+        if service.is_none_or(|(service, _)| !self.0.unrecorded.contains(&service)) {
+            self.0.metrics.malformed(subject.protocol).inc();
+        }
     }
 
     /// Reports how many lines were omitted, at most once a second. Never returns.
@@ -110,11 +121,12 @@ impl FailureLog {
         let code = format_args!("{:?}", status.code());
         match source.and_then(<dyn std::error::Error>::downcast_ref) {
             Some(error) => self.record_error(&subject(), &code, error),
-            // tonic's own: the bytes are no message, or a message of an encoding that it does not know.
+            // tonic's own: the bytes are no message, or a message of an encoding that it does not
+            // know.
             None => {
                 let subject = subject();
                 if matches!(status.code(), Code::Internal | Code::Unimplemented) {
-                    self.0.metrics.malformed(subject.protocol).inc();
+                    self.count_malformed(&subject);
                 }
                 self.log(Severity::Caller, &subject, &code, &status.message());
             }
@@ -131,7 +143,7 @@ impl FailureLog {
                 Severity::Debug
             }
             Error::Malformed(_) | Error::UnknownCodec(_) | Error::NotACall(_) => {
-                self.0.metrics.malformed(subject.protocol).inc();
+                self.count_malformed(subject);
                 Severity::Caller
             }
             Error::StoreUnavailable | Error::CallerGone => Severity::Debug,
@@ -143,8 +155,8 @@ impl FailureLog {
         }
     }
 
-    /// Texts must be recorded as strings, which the text format quotes: with `%cause` a stranger could
-    /// forge fields and lines.
+    /// Texts must be recorded as strings, which the text format quotes: with `%cause` a stranger
+    /// could forge fields and lines.
     fn log(
         &self,
         severity: Severity,

@@ -1,6 +1,7 @@
 //! Turns what the layers below could not answer, panics included, into an answer in the caller's
 //! protocol; other calls on the connection notice nothing. A body that panics ends with the same
-//! status in its trailers, or, over HTTP, by breaking off. Of a body that is cut off the log is told.
+//! status in its trailers, or, over HTTP, by breaking off. Of a body that is cut off the log is
+//! told.
 
 use std::{
     convert::Infallible,
@@ -73,8 +74,8 @@ struct Watch {
 }
 
 impl Watch {
-    /// A future or a body that panicked is not polled again, and the layers keep nothing from one call to
-    /// the next, so that no state left half-done is seen.
+    /// A future or a body that panicked is not polled again, and the layers keep nothing from one
+    /// call to the next, so that no state left half-done is seen.
     fn run<T>(&self, piece: impl FnOnce() -> T) -> Result<T, Error> {
         panics::contained(|| catch_unwind(AssertUnwindSafe(piece))).map_err(|panic| {
             self.call.metrics().panics(self.call.protocol).inc();

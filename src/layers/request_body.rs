@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::{
-    admission::{Arrival, InFlight, Permit},
+    admission::{Arrival, InFlight, Incomplete, Permit},
     context::Call,
 };
 use crate::{
@@ -21,8 +21,8 @@ use crate::{
     listener::{Ending, caller_is_gone},
 };
 
-/// How far a request is let in. The body, which a handler reads, and the future of the request, which
-/// answers, share it by the [`Call`].
+/// How far a request is let in. The body, which a handler reads, and the future of the request,
+/// which answers, share it by the [`Call`].
 #[derive(Debug, Default)]
 pub(super) enum Admission {
     /// It has not arrived whole.
@@ -57,6 +57,7 @@ pub(super) struct Gate {
     /// Bytes of the body that have come.
     bytes: usize,
     arrival: Option<Arrival>,
+    _incomplete: Option<Incomplete>,
 }
 
 impl Gate {
@@ -67,7 +68,8 @@ impl Gate {
         request: &Request<B>,
     ) -> Self {
         let fields = request.headers().len();
-        Self { call, in_flight, connection, fields, bytes: 0, arrival: None }
+        let _incomplete = in_flight.expect(call.class);
+        Self { call, in_flight, connection, fields, bytes: 0, arrival: None, _incomplete }
     }
 
     /// A part of the body has come.
@@ -80,7 +82,8 @@ impl Gate {
     fn waits(&mut self) -> Result<(), Error> {
         if self.arrival.is_none() {
             let (now, connection) = (self.call.received_at, self.connection.as_ref());
-            let mut arrival = self.in_flight.arrive(self.fields, connection, now)?;
+            let mut arrival =
+                self.in_flight.arrive(self.call.class, self.fields, connection, now)?;
             arrival.add(self.bytes)?;
             self.arrival = Some(arrival);
         }
@@ -134,7 +137,7 @@ where
             Poll::Ready(Some(Err(error))) if caller_is_gone(error.as_ref()) => {
                 (Err(gate.call.caller_gone()), false)
             }
-            // The bytes are not HTTP's: the handler says so.
+            // The body is malformed; the handler reports it.
             Poll::Ready(Some(Err(_))) => (Ok(()), false),
             Poll::Ready(None) => (Ok(()), true),
         };

@@ -121,12 +121,17 @@ where
                     }
                 }
                 let response = ready!(polled)?;
-                let permit = permit.take();
+                let permit = permit.take().filter(|permit| !permit.ends_with_head());
                 if let Some(permit) = &permit {
                     let size = response.extensions().get().map(|ResponseSize(bytes)| *bytes);
                     permit.answered(size.or_else(|| response.body().size_hint().exact()));
                 }
-                Poll::Ready(Ok(response.map(|inner| Held { inner, permit, producing: false })))
+                Poll::Ready(Ok(response.map(|inner| Held {
+                    inner,
+                    rest: Bytes::new(),
+                    permit,
+                    producing: false,
+                })))
             }
             ShedProjection::Refused { error } => {
                 Poll::Ready(Err(error.take().expect("a future is not polled after its end")))
@@ -143,6 +148,8 @@ pub struct ResponseSize(pub u64);
 #[derive(Debug)]
 pub struct Held {
     inner: Body,
+    /// What is left of a frame that is longer than a piece.
+    rest: Bytes,
     permit: Option<Permit>,
     /// Whether the handler was still making the body when it was polled last.
     producing: bool,
@@ -150,7 +157,21 @@ pub struct Held {
 
 impl From<Body> for Held {
     fn from(inner: Body) -> Self {
-        Self { inner, permit: None, producing: false }
+        Self { inner, rest: Bytes::new(), permit: None, producing: false }
+    }
+}
+
+/// Longest data frame of a response, in bytes. hyper hands a frame to h2 once its peer has room for
+/// one byte of it: in pieces, the rest stays here until it is read.
+const PIECE: usize = 8 * 1024;
+
+impl Held {
+    fn next_piece(&mut self) -> Frame<Bytes> {
+        let piece = self.rest.split_to(PIECE.min(self.rest.len()));
+        if self.is_end_stream() {
+            self.permit = None;
+        }
+        Frame::data(piece)
     }
 }
 
@@ -162,6 +183,9 @@ impl http_body::Body for Held {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if !self.rest.is_empty() {
+            return Poll::Ready(Some(Ok(self.next_piece())));
+        }
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
         if polled.is_pending() != self.producing {
             self.producing = polled.is_pending();
@@ -169,7 +193,13 @@ impl http_body::Body for Held {
                 permit.set_producing(self.producing);
             }
         }
-        let frame = ready!(polled);
+        let frame = match ready!(polled) {
+            Some(Ok(frame)) if frame.data_ref().is_some_and(|data| data.len() > PIECE) => {
+                self.rest = frame.into_data().unwrap_or_default();
+                return Poll::Ready(Some(Ok(self.next_piece())));
+            }
+            frame => frame,
+        };
         if self.inner.is_end_stream() || !matches!(frame, Some(Ok(_))) {
             self.permit = None;
         }
@@ -177,10 +207,15 @@ impl http_body::Body for Held {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let (mut hint, rest) = (self.inner.size_hint(), self.rest.len() as u64);
+        if let Some(upper) = hint.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint.set_lower(hint.lower() + rest);
+        hint
     }
 }

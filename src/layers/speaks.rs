@@ -1,10 +1,12 @@
-//! Refuses gRPC on a REST route, plain HTTP on a gRPC method, gRPC by anything but a POST over HTTP/2
-//! with messages in protobuf, and HTTP/1.1 without one valid `Host`, each in the caller's own protocol:
-//! the handlers behind them would misread the request, or do the work of one that no client sends.
+//! Refuses gRPC on a REST route, plain HTTP on a gRPC method, gRPC by anything but a POST over
+//! HTTP/2 with messages in protobuf, and HTTP/1.1 without one valid `Host`, each in the caller's
+//! own protocol: the handlers behind them would misread the request, or run a request that no valid
+//! client sends.
 
 use std::{
     convert::Infallible,
     future::{Ready, ready},
+    net::Ipv6Addr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -26,15 +28,21 @@ const MAX_SHOWN: usize = 64;
 pub struct GrpcServices(Arc<[String]>);
 
 impl GrpcServices {
-    /// By their full names, such as `package.Service`.
-    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
-        Self(names.into_iter().collect())
+    /// By the paths of their methods, such as `/package.Service/Method`.
+    pub fn new(methods: impl IntoIterator<Item = String>) -> Self {
+        Self(methods.into_iter().collect())
     }
 
     /// Whether one of them is called by this path, be there such a method or not.
     fn have(&self, path: &str) -> bool {
-        let parts = path.strip_prefix('/').and_then(|path| path.split_once('/'));
-        parts.is_some_and(|(name, method)| !method.is_empty() && self.0.iter().any(|n| n == name))
+        let service = |path: &str| path.rfind('/').map_or(0, |end| end + 1);
+        let called = &path[..service(path)];
+        called.len() < path.len()
+            && self.0.iter().any(|method| method[..service(method)] == *called)
+    }
+
+    fn have_method(&self, path: &str) -> bool {
+        self.0.iter().any(|method| method == path)
     }
 }
 
@@ -77,8 +85,8 @@ where
             Some(error) => Either::Left(ready(Err(error))),
             None => {
                 let never: fn(Infallible) -> Error = |never| match never {};
-                // axum's future holds the request until it is polled. Each layer around this one would
-                // move it.
+                // axum's future holds the request until it is polled. Each layer around this one
+                // would move it.
                 let called = Box::pin(self.inner.call(request));
                 Either::Right(futures_util::TryFutureExt::map_err(called, never))
             }
@@ -94,11 +102,14 @@ fn check(request: &Request<Body>, services: &GrpcServices) -> Option<Error> {
         return Some(error);
     }
     let is_call = method == Method::POST && version == Version::HTTP_2;
-    let is_grpcs = services.have(request.uri().path());
+    let path = request.uri().path();
+    let is_grpcs = services.have(path);
     match (is_grpcs, Call::of(request.extensions()).protocol) {
         (true, Protocol::Http) => Some(Error::WrongContentType(
             "this path is a gRPC method, expected content-type application/grpc".to_owned(),
         )),
+        // Only calls of methods that exist are malformed: the error ratio rests on it.
+        (true, Protocol::Grpc) if !services.have_method(path) => Some(Error::NoSuchRoute),
         (true, Protocol::Grpc) if !is_call => Some(Error::NotACall(format!(
             "{method} over {version:?} given, expected a gRPC call: POST over HTTP/2.0"
         ))),
@@ -139,7 +150,10 @@ fn is_host(host: &[u8]) -> bool {
                 && (port.is_empty() || port.parse::<u16>().is_ok())
         };
         let port_is_valid = port.is_empty() || port.strip_prefix(':').is_some_and(is_port);
-        !authority.host().is_empty() && port_is_valid
+        let host = authority.host();
+        let bracketed = host.strip_prefix('[').map(|host| host.strip_suffix(']').unwrap_or(""));
+        let host_is_valid = bracketed.map_or(!host.is_empty(), |ip| ip.parse::<Ipv6Addr>().is_ok());
+        host_is_valid && port_is_valid
     })
 }
 
@@ -166,6 +180,9 @@ mod tests {
             "x:80:80",
             "x:+80",
             "[::1",
+            "[]",
+            "[zz]",
+            "[]:80",
             "a\\b",
             "http://x",
         ] {

@@ -1,6 +1,6 @@
-//! Ends the streams that have no end of their own, such as health's `Watch`, once their connection is
-//! asked to go, and idle ones by limits of their own: they would hold the connection, and with it the
-//! drain, for as long as the client likes.
+//! Ends the streams that have no end of their own, such as health's `Watch`, once their connection
+//! is asked to go, and idle ones by limits of their own: they would hold the connection, and with
+//! it the drain, for as long as the client likes.
 
 use std::{
     convert::Infallible,

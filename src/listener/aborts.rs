@@ -6,7 +6,8 @@ use h2::Reason;
 
 use crate::metrics::AbortReason;
 
-/// Why the HTTP layer ended a connection by itself, which no request sees; `None` if it was the peer that ended the connection, or the network.
+/// Returns the reason if the HTTP layer closed the connection, `None` if the peer or the network
+/// did.
 pub(super) fn abort_reason(error: &(dyn Error + 'static)) -> Option<AbortReason> {
     if let Some(h2) = find::<h2::Error>(error) {
         return if h2.is_remote() || h2.is_io() { None } else { of_http2(h2.reason()?) };

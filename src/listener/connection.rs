@@ -45,8 +45,13 @@ const HTTP1_BUFFER: usize = 32 * 1024;
 /// What a peer may send unread on one stream, and on one connection: requests are small.
 const WINDOWS: (u32, u32) = (128 * 1024, 1024 * 1024);
 
-/// What is written to a peer that does not read, for one stream.
-const SEND_BUFFER: usize = 128 * 1024;
+/// What is kept for a peer that does not read, for one stream. Beyond it the stream waits, and
+/// counts as unread.
+const SEND_BUFFER: usize = 16 * 1024;
+
+/// Streams of one HTTP/2 connection that may end by an error of its peer. By default a thousand
+/// such errors end the connection: DATA that comes after an early answer is one.
+const MAX_ERRORS: usize = 16 * 1024;
 
 /// What all connections of a listener share.
 #[derive(Debug)]
@@ -86,7 +91,8 @@ pub(super) async fn run<S, B>(
     }
 }
 
-/// The stream of a peer that finishes its TLS handshake in time, which is short once all is to stop.
+/// The stream of a peer that finishes its TLS handshake in time, which is short once all is to
+/// stop.
 async fn shaken_hands(
     stream: TcpStream,
     tls: &Tls,
@@ -236,9 +242,10 @@ fn builder(streams: Streams, limits: &Limits) -> Builder<Streams> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(max_streams)
-        // A caller may cancel all of its calls at once; by default twenty cancelled calls that hyper
-        // has not seen yet end the connection, and everybody else's calls with it.
+        // A caller may cancel all of its calls at once; by default twenty cancelled calls that
+        // hyper has not seen yet end the connection, and everybody else's calls with it.
         .max_pending_accept_reset_streams(Some(max_streams as usize))
+        .max_local_error_reset_streams(Some(MAX_ERRORS))
         .max_header_list_size(MAX_HEADERS)
         .keep_alive_interval(keep_alive.interval)
         .keep_alive_timeout(keep_alive.timeout)

@@ -1,5 +1,6 @@
-//! The bytes of a connection, watched: when a head begins to arrive, and whether the peer reads. A peer
-//! that cancels requests by the hundred is read more slowly, and none is read for long at a time.
+//! The bytes of a connection, watched: when a head begins to arrive, and whether the peer reads. A
+//! peer that cancels requests by the hundred is read more slowly, and none is read for long at a
+//! time.
 
 use std::{
     io,

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize};
 
-/// Counters of one connection. The middleware counts its requests here; the listener only keeps them
-/// for the life of the connection and hands them to each request. They begin at 0.
+/// Counters of one connection. The middleware counts its requests here; the listener only keeps
+/// them for the life of the connection and hands them to each request. They begin at 0.
 #[derive(Debug, Default)]
 pub struct ConnectionLoad {
     /// Requests in flight.
@@ -14,13 +14,17 @@ pub struct ConnectionLoad {
     pub arriving_bytes: AtomicUsize,
     /// Bytes of responses that its peer has not read.
     pub unread_bytes: AtomicUsize,
-    /// Probes: health checks, and streams of reflection.
-    pub probes: AtomicUsize,
+    /// Health checks.
+    pub checks: AtomicUsize,
+    /// Streams of reflection.
+    pub reflections: AtomicUsize,
     /// Streams of health's `Watch`.
     pub watches: AtomicUsize,
     /// The second in which a request came last, counted by whoever shares the budgets; 0 before the
     /// first.
     pub last_asked: AtomicU32,
+    /// The same of health checks and reflection.
+    pub last_probed: AtomicU32,
 }
 
 /// The same of one request.

@@ -14,25 +14,25 @@ use tokio::time::Instant;
 use super::{ConnectionControl, Ending, Limits, Phase, requests::InFlight};
 
 /// When all is to stop: how long a connection without a request in flight may take to notice, or to
-/// send what is on its way. An HTTP/1 client that asks more often than this learns by a response that
-/// its connection ends, instead of sending into one that is being closed.
+/// send what is on its way. An HTTP/1 client that asks more often than this learns by a response
+/// that its connection ends, instead of sending into one that is being closed.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// The part of its age for which an HTTP/2 connection is searched for a moment with nothing in flight
-/// before it is asked to go. h2 0.4.20 ends a connection with PROTOCOL_ERROR on a WINDOW_UPDATE for a
+/// Fraction of the age to wait for a moment with nothing in flight before the GOAWAY of an HTTP/2
+/// connection. h2 0.4.20 ends a connection with PROTOCOL_ERROR on a WINDOW_UPDATE for a
 /// stream that its GOAWAY refused, where RFC 9113 (section 6.8) says to ignore it; with nothing in
 /// flight that harms no other call.
 const QUIET_SEARCH: f64 = 0.1;
 
-/// Cancelled requests after which a connection is not read for the rest of the time below. A cancelled
-/// request costs its caller nothing and the server some microseconds, which is what makes floods of
-/// them worth while.
-const MAX_CANCELS: u32 = 100;
+/// Cancelled requests after which a connection is not read for the rest of the time below. A
+/// cancelled request costs its caller nothing and the server some microseconds, which is what makes
+/// floods of them worth while.
+const MAX_CANCELS: u32 = 1000;
 const CANCELS_WINDOW: Duration = Duration::from_millis(100);
 
 /// Bytes that are read from a connection before others have their turn: hundreds of the smallest
 /// frames, which is a flood's way to keep its thread busy.
-const READ_TURN: usize = 8 * 1024;
+const READ_TURN: usize = 4 * 1024;
 
 /// How often a connection of which nothing is due is looked at.
 const RARELY: Duration = Duration::from_secs(3600);
@@ -78,8 +78,9 @@ struct Now {
     paused_until: Option<Instant>,
 }
 
-/// Since when something lasts. The clock is read where a turn of the connection ends, and only for what
-/// still lasts then and is to end some time: of most requests the whole head comes by one read.
+/// Since when something lasts. The clock is read where a turn of the connection ends, and only for
+/// what still lasts then and is to end some time: of most requests the whole head comes by one
+/// read.
 #[derive(Debug, Clone, Copy)]
 enum Since {
     Not,
@@ -313,7 +314,8 @@ impl Plan {
         self.turn_ended().unwrap_or_else(|| Instant::now() + RARELY)
     }
 
-    /// Dates what has begun and still lasts, without which nothing of it is ever due; gives when to look again, if anything is due at all.
+    /// Dates what has begun and still lasts, without which nothing of it is ever due; gives when to
+    /// look again, if anything is due at all.
     pub(super) fn turn_ended(&self) -> Option<Instant> {
         let mut now = self.state.now();
         // Of a connection that may be idle as long as it likes, only once it is to end.
@@ -338,12 +340,13 @@ impl Plan {
         if busy { self.leave_busy } else { self.leave }
     }
 
-    /// When to close a connection that was asked to go. A request in flight and a response on its way
-    /// keep their own limit, and the response says that the connection ends.
+    /// When to close a connection that was asked to go. A request in flight and a response on its
+    /// way keep their own limit, and the response says that the connection ends.
     fn overdue(&self, now: &Now) -> Option<Instant> {
-        let pending = now.in_flight > 0 || self.state.is_write_blocked();
-        let has_limit = now.http1 == Some(false)
-            || now.ending.as_ref().is_some_and(|ending| ending.limit().is_some());
+        // HTTP/2's streams are in flight until they are read, or nearly so.
+        let http2 = now.http1 == Some(false);
+        let pending = now.in_flight > 0 || !http2 && self.state.is_write_blocked();
+        let has_limit = http2 || now.ending.as_ref().is_some_and(|ending| ending.limit().is_some());
         self.close.filter(|_| !(pending && has_limit))
     }
 
@@ -412,8 +415,8 @@ impl Plan {
         if ends.into_iter().any(past) {
             return Act::Close;
         }
-        // An HTTP/1 connection leaves by its next response, and one that has sent nothing yet may be
-        // sending its first request.
+        // An HTTP/1 connection leaves by its next response, and one that has sent nothing yet may
+        // be sending its first request.
         if self.asked_to_go && !self.told && now.http1 == Some(false) {
             self.told = true;
             return Act::GoAway;

@@ -154,8 +154,8 @@ impl<B: Body<Data = Bytes>> Body for Counted<B> {
     }
 }
 
-/// Runs the streams of an HTTP/2 connection. hyper calls the service and hands its stream to this one
-/// right after: the last request that came is that stream's.
+/// Runs the streams of an HTTP/2 connection. hyper calls the service and hands its stream to this
+/// one right after: the last request that came is that stream's.
 #[derive(Clone)]
 pub(super) struct Streams {
     pub(super) state: Arc<State>,

@@ -1,5 +1,5 @@
-//! TLS of a listener, and of its clients if they must show a certificate; the files are re-read when
-//! they change or on request.
+//! TLS of a listener, and of its clients if they must show a certificate; the files are re-read
+//! when they change or on request.
 //!
 //! rustls with ring: it builds with a C compiler alone, where aws-lc wants CMake, too.
 
@@ -53,17 +53,17 @@ pub struct TlsFiles {
     pub cert: PathBuf,
     /// Its private key.
     pub key: PathBuf,
-    /// The CA of the clients: with it, clients must show a certificate that it signed, and no session
-    /// is resumed. rustls verifies the certificate in full handshakes only, so that a session would
-    /// outlive a certificate that has expired or was revoked.
+    /// The CA of the clients: with it, clients must show a certificate that it signed, and no
+    /// session is resumed. rustls verifies the certificate in full handshakes only, so that a
+    /// session would outlive a certificate that has expired or was revoked.
     pub client_ca: Option<PathBuf>,
-    /// CRLs (RFC 5280, section 5) of the clients' CAs; of no effect without `client_ca`. A certificate
-    /// is refused if it or an intermediate CA above it is revoked, or if one of their issuers has no CRL
-    /// here.
+    /// CRLs (RFC 5280, section 5) of the clients' CAs; of no effect without `client_ca`. A
+    /// certificate is refused if it or an intermediate CA above it is revoked, or if one of their
+    /// issuers has no CRL here.
     ///
-    /// A CRL past its `nextUpdate` stays in force: it refuses what it lists, and nothing else. To refuse
-    /// every client instead, as OpenSSL does, would turn a CA that publishes late into an outage. No
-    /// peer can hold back an update, since the file is local.
+    /// A CRL past its `nextUpdate` stays in force: it refuses what it lists, and nothing else. To
+    /// refuse every client instead, as OpenSSL does, would turn a CA that publishes late into an
+    /// outage. No peer can hold back an update, since the file is local.
     pub client_crl: Option<PathBuf>,
 }
 
@@ -110,9 +110,9 @@ impl Tls {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone().into()
     }
 
-    /// Reads the files again and again, for ever. Connections that are open stay as they are; files that
-    /// cannot be used, perhaps for being half written, leave the last ones in use and are logged once.
-    /// Each request to read them is answered by a line of its own.
+    /// Reads the files again and again, for ever. Connections that are open stay as they are; files
+    /// that cannot be used, perhaps for being half written, leave the last ones in use and are
+    /// logged once. Each request to read them is answered by a line of its own.
     pub(super) async fn reload_on_change(self) {
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);

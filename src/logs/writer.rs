@@ -1,9 +1,9 @@
 //! Writes log lines on a thread of its own, so that no other thread ever waits for stderr.
 //!
-//! tracing-appender 0.2.5 has such a writer, but it fails when stderr does: its guard cannot flush a full
-//! queue and reports that with `println!`, which panics if stdout is broken; its thread reports a failed
-//! flush with `eprintln!`; it does not count lines that a write error lost; and it bounds its queue in
-//! lines, not in bytes.
+//! tracing-appender 0.2.5 has such a writer, but it fails when stderr does: its guard cannot flush
+//! a full queue and reports that with `println!`, which panics if stdout is broken; its thread
+//! reports a failed flush with `eprintln!`; it does not count lines that a write error lost; and it
+//! bounds its queue in lines, not in bytes.
 //!
 //! Depends on nothing of ours.
 
@@ -19,16 +19,17 @@ use std::{
 use prometheus::IntCounter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Limit of the memory that queued lines take, in bytes, [`OVERHEAD`] included: about 3 000 lines of the
-/// usual length. This is the worst case for lines of any length, since a line beyond it is dropped.
+/// Limit of the memory that queued lines take, in bytes, [`OVERHEAD`] included: about 3 000 lines
+/// of the usual length. This is the worst case for lines of any length, since a line beyond it is
+/// dropped.
 const MAX_QUEUED: usize = 1024 * 1024;
 
-/// Memory that a line takes beside its text, in bytes: its slot in the queue, which grows by doubling,
-/// and the allocator's rounding.
+/// Memory that a line takes beside its text, in bytes: its slot in the queue, which grows by
+/// doubling, and the allocator's rounding.
 const OVERHEAD: usize = 64;
 
-/// Queues lines for the thread; clones share the queue. Never waits for a write and never fails: a line
-/// is dropped and counted if the queue is full.
+/// Queues lines for the thread; clones share the queue. Never waits for a write and never fails: a
+/// line is dropped and counted if the queue is full.
 #[derive(Debug, Clone)]
 pub struct LogWriter {
     shared: Arc<Shared>,
@@ -52,8 +53,8 @@ struct Queue {
 }
 
 impl LogWriter {
-    /// Starts the thread, which runs until the process ends. `dropped` counts the lines lost to a full
-    /// queue or a failed write.
+    /// Starts the thread, which runs until the process ends. `dropped` counts the lines lost to a
+    /// full queue or a failed write.
     ///
     /// # Errors
     /// If the thread cannot be spawned.

@@ -41,11 +41,10 @@ fn expect_json(headers: &HeaderMap) -> Result<(), Error> {
 /// A compressed body would be read as malformed JSON.
 fn expect_identity(headers: &HeaderMap) -> Result<(), Error> {
     let encodings = headers.get_all(header::CONTENT_ENCODING).iter();
-    let mut encodings = encodings.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
-    let other = encodings.find(|encoding| {
-        let encoding = encoding.trim_ascii();
-        !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity")
-    });
+    let encodings = encodings.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let other = encodings
+        .map(<[u8]>::trim_ascii)
+        .find(|encoding| !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity"));
     let Some(other) = other else { return Ok(()) };
     let given = String::from_utf8_lossy(&other[..other.len().min(64)]);
     Err(Error::WrongContentEncoding(format!(
@@ -79,8 +78,8 @@ struct Members {
     quantity: Option<Value>,
 }
 
-/// Members of a wrong type, or given twice, are malformed; members out of range are for the rules to
-/// refuse.
+/// Members of a wrong type, or given twice, are malformed; members out of range are for the rules
+/// to refuse.
 fn parse_order(body: &[u8]) -> Result<AskedOrder, Error> {
     // An array would be taken for the members in their order.
     if body.trim_ascii_start().first().is_some_and(|first| matches!(first, b'[')) {

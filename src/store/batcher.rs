@@ -44,8 +44,8 @@ const BATCH: usize = 1024;
 /// back together.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 
-/// Who may decide about an order: the caller, who may still take it back, or a writer, who is sending
-/// it to the database.
+/// Who may decide about an order: the caller, who may still take it back, or a writer, who is
+/// sending it to the database.
 const WAITING: u8 = 0;
 const SENT: u8 = 1;
 const TAKEN_BACK: u8 = 2;
@@ -273,8 +273,8 @@ impl Writer {
         missing
     }
 
-    /// The last word on an order that the database refuses. If an earlier attempt may have stored it,
-    /// that is looked up first; it is returned if even that has to be tried again.
+    /// The last word on an order that the database refuses. If an earlier attempt may have stored
+    /// it, that is looked up first; it is returned if even that has to be tried again.
     async fn refuse(&self, batch: Vec<Queued>, failure: Failure) -> Vec<Queued> {
         let mut again = Vec::new();
         for queued in batch {

@@ -85,8 +85,8 @@ pub(super) enum Outcome {
     Earlier(Order),
     /// Its key had placed an order before that cannot be read: the cause.
     Unreadable(String),
-    /// It is not stored, nor is another of its key: that one was deleted, or its key pruned, between
-    /// the two statements. It is to be sent again.
+    /// It is not stored, nor is another of its key: that one was deleted, or its key pruned,
+    /// between the two statements. It is to be sent again.
     Missing,
 }
 
@@ -120,8 +120,8 @@ impl Failure {
         Self::nothing_done(StoreErrorKind::Unavailable, "the store is closed")
     }
 
-    /// An error of sqlx, where `of_database` knows the engine's own codes: the kind, and whether the
-    /// outcome is unknown.
+    /// An error of sqlx, where `of_database` knows the engine's own codes: the kind, and whether
+    /// the outcome is unknown.
     pub(super) fn new(
         error: &sqlx::Error,
         of_database: impl FnOnce(&dyn DatabaseError) -> (StoreErrorKind, bool),

@@ -24,7 +24,8 @@ use crate::{
 mod connections;
 mod opening;
 
-/// Batches at a time: one's fills while the other's is flushed. Two were faster than one and than four.
+/// Batches at a time: one's fills while the other's is flushed. Two were faster than one and than
+/// four.
 pub(super) const WRITERS: usize = 2;
 
 /// How long to wait for the answer of the server. Its own limits, which are longer, end what nobody
@@ -108,8 +109,8 @@ impl Postgres {
         .await
     }
 
-    /// A read that meets a broken connection is tried once more, on a new one: after a restart of the
-    /// server every idle connection is broken.
+    /// A read that meets a broken connection is tried once more, on a new one: after a restart of
+    /// the server every idle connection is broken.
     pub(super) async fn get(
         &self,
         id: OrderId,
@@ -156,8 +157,8 @@ impl Postgres {
         .await
     }
 
-    /// Runs statements on one connection within the time limits. Only a connection on which they are
-    /// known to be over is used again: a server that hangs would take the next attempt with it.
+    /// Runs statements on one connection within the time limits. Only a connection on which they
+    /// are known to be over is used again: a server that hangs would take the next attempt with it.
     async fn attempt<T>(
         &self,
         purpose: Purpose,

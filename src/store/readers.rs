@@ -1,6 +1,6 @@
-//! The line in which reads wait for their turn. There are as many reads as there are requests: without
-//! it they would take every connection and the line before it, and no writer would have its turn within
-//! its time.
+//! The line in which reads wait for their turn. There are as many reads as there are requests:
+//! without it they would take every connection and the line before it, and no writer would have its
+//! turn within its time.
 //!
 //! A read that waits in vain has met overload, unless the store fails.
 
@@ -13,8 +13,8 @@ use tokio::{
 
 use super::engine::Failure;
 
-/// How long a read waits for its turn. Longer than an attempt may take: when the store hangs, whoever had
-/// a turn has failed by then, so that it is known to fail.
+/// How long a read waits for its turn. Longer than an attempt may take: when the store hangs,
+/// whoever had a turn has failed by then, so that it is known to fail.
 pub(super) const WAIT: Duration = Duration::from_millis(1250);
 
 #[derive(Debug)]

@@ -35,9 +35,9 @@ const BUSY_TIMEOUT: Duration = Duration::from_millis(100);
 /// Connections that read, beside the one that writes: reading is done on threads of their own.
 const READERS: u32 = 4;
 
-/// What surrounds the rows of a batch. They are one statement, because each statement goes to SQLite's
-/// thread and back: row by row costs 2.4 times as much. As one parameter of JSON they cost a tenth of the
-/// whole call more.
+/// What surrounds the rows of a batch. They are one statement, because each statement goes to
+/// SQLite's thread and back: row by row costs 2.4 times as much. As one parameter of JSON they cost
+/// a tenth of the whole call more.
 const INSERT: (&str, &str) = (
     "INSERT INTO orders (id, product_id, quantity, idempotency_key, placed_at) \
     SELECT column1, column2, column3, column4, column5 FROM (VALUES ",
@@ -58,8 +58,8 @@ const PAGE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at 
 pub(super) struct Sqlite {
     writer: SqlitePool,
     readers: SqlitePool,
-    /// As many turns as there are connections to read with, so that none of them is waited for, and the
-    /// writer never waits behind more than one read where it shares its connection.
+    /// As many turns as there are connections to read with, so that none of them is waited for, and
+    /// the writer never waits behind more than one read where it shares its connection.
     turns: Readers,
     /// Held for the life of the process; the database file itself must not be opened and closed
     /// beside SQLite, since closing any descriptor of it drops SQLite's own locks.
@@ -185,8 +185,8 @@ async fn open(
     Ok(pool)
 }
 
-/// The statement for that many orders. Its rows are a power of two, so that a few statements serve all
-/// batches and stay prepared; the rows without an order are not bound, which is NULL.
+/// The statement for that many orders. Its rows are a power of two, so that a few statements serve
+/// all batches and stay prepared; the rows without an order are not bound, which is NULL.
 fn insert(orders: usize) -> String {
     const ROW: &str = "(?,?,?,?,?)";
     let more = format!(",{ROW}").repeat(orders.next_power_of_two() - 1);
@@ -218,8 +218,8 @@ fn failure(error: &sqlx::Error) -> Failure {
 fn of_database(error: &dyn DatabaseError) -> (StoreErrorKind, bool) {
     let code: Option<u32> = error.code().and_then(|code| code.parse().ok());
     match code.map(|code| code & 0xff) {
-        // BUSY, LOCKED: another program holds the database. READONLY, CANTOPEN: somebody changed the
-        // file's permissions or moved it.
+        // BUSY, LOCKED: another program holds the database. READONLY, CANTOPEN: somebody changed
+        // the file's permissions or moved it.
         Some(5 | 6 | 8 | 14) => (StoreErrorKind::Unavailable, false),
         // IOERR, of which a flush may be: the commit may or may not be on the disk.
         Some(10) => (StoreErrorKind::Unavailable, true),

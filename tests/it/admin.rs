@@ -1,4 +1,5 @@
-//! The admin listener: what is on its page from the start, probes, stuck scrapers, the final scrape.
+//! The admin listener: what is on its page from the start, probes, stuck scrapers, the final
+//! scrape.
 
 use bytes::Bytes;
 use reqwest::Client;
@@ -41,7 +42,7 @@ async fn every_series_exists_at_0_after_the_start() {
         ("/product", "HEAD", &["405"]),
         ("/orders", "GET", &["200", "422", "499", "500", "503", "504"]),
         ("/orders/{order_id}", "GET", &["200", "404", "499", "500", "503", "504"]),
-        ("unmatched", "GET", &["404", "499"]),
+        ("unmatched", "GET", &["400", "404", "499"]),
         ("unmatched", "OTHER", &["404"]),
     ] {
         let (url, method) = (format!("url=\"{url}\""), format!("method=\"{method}\""));
@@ -50,9 +51,24 @@ async fn every_series_exists_at_0_after_the_start() {
             assert_eq!(page.value("http_requests_total_with_path", &[&url, &method, &code]), 0.0);
         }
     }
+    assert_eq!(page.value("log_lines_dropped_total", &[]), 0.0);
+    for reason in [
+        "bad_request",
+        "head_too_large",
+        "enhance_your_calm",
+        "compression_error",
+        "flow_control_error",
+        "frame_size_error",
+        "protocol_error",
+        "other",
+    ] {
+        let reason = format!("reason=\"{reason}\"");
+        assert_eq!(page.value("connections_aborted_total", &[&reason]), 0.0);
+    }
     for protocol in ["protocol=\"grpc\"", "protocol=\"http\""] {
         assert_eq!(page.value("requests_in_flight", &[protocol]), 0.0);
         assert_eq!(page.value("request_panics_total", &[protocol]), 0.0);
+        assert_eq!(page.value("requests_malformed_total", &[protocol]), 0.0);
         for reason in ["in_flight", "queue_full", "readers_busy"] {
             let reason = format!("reason=\"{reason}\"");
             assert_eq!(page.value("requests_shed_total", &[protocol, &reason]), 0.0);
@@ -163,6 +179,21 @@ async fn dead_clients_do_not_take_the_port() {
         closed.expect("an idle connection is closed").unwrap();
     }
     server.scrape().await;
+}
+
+#[tokio::test]
+async fn the_port_takes_64_connections() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let mut peers = Vec::new();
+    let mut answered = 0;
+    for _ in 0..80 {
+        let mut stream = TcpStream::connect(server.admin).await.unwrap();
+        // One too many is closed at once, or reset.
+        let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        answered += u32::from(stream.read_exact(&mut [0; 12]).await.is_ok());
+        peers.push(stream);
+    }
+    assert_eq!(answered, 64);
 }
 
 #[tokio::test]

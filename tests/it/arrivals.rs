@@ -155,3 +155,12 @@ async fn a_request_that_does_not_arrive_in_time_has_passed_its_deadline() {
     assert!(timeout(PATIENCE, response(&mut peer)).await.unwrap().starts_with("http/1.1 504 "));
     scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 0.0).await;
 }
+
+#[tokio::test]
+async fn the_end_of_the_drain_cuts_off_what_has_not_arrived_and_says_so() {
+    let server = Process::start("sqlite::memory:", &["--drain-timeout", "500ms"]).await;
+    let mut client = with_window(server.api, 65_535).await;
+    let (_answer, _stream) = client.send_request(head(), false).unwrap();
+    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 1.0).await;
+    assert_eq!(server.terminate().await, Some(3));
+}

@@ -1,8 +1,9 @@
-//! What one hostile peer may do with 20 connections and 10 MB/s: little memory, and no polite caller
-//! loses a call. The attacks are those of RFC 9113, section 10.5, and of this service's own methods.
+//! What one hostile peer may do with 20 connections and 10 MB/s: little memory, and no polite
+//! caller loses a call. The attacks are those of RFC 9113, section 10.5, and of this service's own
+//! methods.
 //!
-//! The tests are short, and send what needs many bytes at ten times the rate;
-//! `cargo bench --bench attacks` holds each attack to the whole bar and prints a table.
+//! The tests are short, and send what needs many bytes at ten times the rate; `cargo bench --bench
+//! attacks` holds each attack to the whole bar and prints a table.
 
 use std::{fmt, thread, time::Duration};
 
@@ -39,8 +40,8 @@ pub const RATE: u64 = 10_000_000;
 pub struct Attack {
     /// How many connections it has at a time.
     connections: usize,
-    /// How many times [`RATE`] a short run sends, for an attack that needs its bytes to pile up; such a
-    /// one also has a start of the polite callers.
+    /// How many times [`RATE`] a short run sends, for an attack that needs its bytes to pile up;
+    /// such a one also has a start of the polite callers.
     haste: u64,
     calls: &'static [Call],
     /// Misbehaves on one connection to its end.
@@ -121,8 +122,8 @@ pub struct Report {
 }
 
 impl fmt::Display for Report {
-    /// The columns of a table: peak, polite calls that succeeded, were lost, and took longest; what the
-    /// hostile peer sent, over how many connections.
+    /// The columns of a table: peak, polite calls that succeeded, were lost, and took longest; what
+    /// the hostile peer sent, over how many connections.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { outcome, peak_bytes, wire } = self;
         let (mib, ok, lost) = (peak_bytes >> 20, outcome.ok, outcome.lost.len());
@@ -133,7 +134,8 @@ impl fmt::Display for Report {
     }
 }
 
-/// The peak of what `process_resident_memory_bytes` reads: samples would miss what lies between them.
+/// The peak of what `process_resident_memory_bytes` reads: samples would miss what lies between
+/// them.
 fn peak_bytes(process: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();

@@ -1,5 +1,6 @@
-//! Callers that share a connection with others who cancel: an ordinary thing, since deadlines, hedging
-//! and users who give up cancel calls, and a gRPC client has one connection for all of its threads.
+//! Callers that share a connection with others who cancel: an ordinary thing, since deadlines,
+//! hedging and users who give up cancel calls, and a gRPC client has one connection for all of its
+//! threads.
 
 use std::time::Duration;
 
@@ -22,8 +23,8 @@ const BURST: usize = 10;
 #[tokio::test]
 async fn callers_who_cancel_cut_no_call_beside_them() {
     let server = Process::start("sqlite::memory:", &["--processing-delay", "5ms"]).await;
-    // h2's client counts the small DATA frames that come for calls it has cancelled, for as long as its
-    // connection lasts, and ends that by itself after some hundred.
+    // h2's client counts the small DATA frames that come for calls it has cancelled, for as long as
+    // its connection lasts, and ends that by itself after some hundred.
     let mut builder = Builder::new();
     builder.data_frame_budget(usize::MAX);
     let (client, connection) = builder.handshake(connect(server.api).await).await.unwrap();

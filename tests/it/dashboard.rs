@@ -1,6 +1,6 @@
-//! The Grafana dashboard against real servers under load and a real Prometheus: on Kubernetes's labels,
-//! beside a stand-in for kube-state-metrics and KEDA, and on a local run, which has neither. And its
-//! file against Grafana's own types.
+//! The Grafana dashboard against real servers under load and a real Prometheus: on Kubernetes's
+//! labels, beside a stand-in for kube-state-metrics and KEDA, and on a local run, which has
+//! neither. And its file against Grafana's own types.
 
 use std::{collections::BTreeSet, fs, path::Path, process::Stdio, time::Duration};
 
@@ -22,8 +22,8 @@ use crate::{
     support::{PATIENCE, Process},
 };
 
-/// What kube-state-metrics and KEDA say of four ready pods of five, one of them not this service's, and
-/// of 42 orders.
+/// What kube-state-metrics and KEDA say of four ready pods of five, one of them not this service's,
+/// and of 42 orders.
 const KUBERNETES: &str = r#"
 kube_deployment_spec_replicas{namespace="orders",deployment="order-service"} 5
 kube_deployment_status_replicas_ready{namespace="orders",deployment="order-service"} 4

@@ -1,5 +1,6 @@
-//! The dashboard's numbers where they are easily wrong: of series that begin, end and miss scrapes, of several
-//! namespaces and of a chosen pod. promtool has the series from us, and the queries from the dashboard's file.
+//! The dashboard's numbers where they are easily wrong: of series that begin, end and miss scrapes,
+//! of several namespaces and of a chosen pod. promtool has the series from us, and the queries from
+//! the dashboard's file.
 
 use std::fs;
 
@@ -26,7 +27,8 @@ fn chosen(query: &str, pod: &str) -> String {
     interpolated(&query, &[ALL[0], ALL[1], ("pod", pod), ALL[3]])
 }
 
-/// What promtool says of a query over these series: its value, which has no labels, or that it has none.
+/// What promtool says of a query over these series: its value, which has no labels, or that it has
+/// none.
 async fn expect(series: &[(&str, &str)], query: &str, at: &str, value: Option<f64>) {
     let samples: Vec<_> =
         value.iter().map(|value| json!({"labels": "{}", "value": value})).collect();

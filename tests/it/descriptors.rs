@@ -20,6 +20,8 @@ async fn more_peers_than_file_descriptors_leave_the_admin_port_what_it_needs() {
     for _ in 0..300 {
         peers.push(connect(server.api).await);
     }
+    let warned = server.log().into_iter().filter(|line| line["open_files"] == 256);
+    assert_eq!(warned.count(), 1, "{:?}", server.log());
     let open = || std::fs::read_dir(format!("/proc/{}/fd", server.id())).unwrap().count();
     let client = reqwest::Client::new();
     // As often as a kubelet and Prometheus ask, in less time: 5 s and the peers are still there.

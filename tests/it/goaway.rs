@@ -1,4 +1,5 @@
-//! When an old HTTP/2 connection is asked to go, and what becomes of the calls that cross the GOAWAY.
+//! When an old HTTP/2 connection is asked to go, and what becomes of the calls that cross the
+//! GOAWAY.
 
 use std::time::{Duration, Instant};
 
@@ -35,9 +36,10 @@ async fn next(peer: &mut TcpStream) -> Option<Frame> {
     Some(frame)
 }
 
-/// RFC 9113, section 6.8: the sender of a GOAWAY ignores frames on streams above its last one. h2 does so
-/// but for WINDOW_UPDATE, and ends the connection, which cuts the calls that are in flight on it. grpcio
-/// sends such frames. Once this fails, h2 has it mended, and a GOAWAY need not avoid calls in flight.
+/// RFC 9113, section 6.8: the sender of a GOAWAY ignores frames on streams above its last one. h2
+/// does so but for WINDOW_UPDATE, and ends the connection, which cuts the calls that are in flight
+/// on it. grpcio sends such frames. Once this fails, h2 has it mended, and a GOAWAY need not avoid
+/// calls in flight.
 #[tokio::test]
 async fn h2_ends_a_connection_for_a_window_update_of_a_stream_above_the_last_goaway() {
     let args = ["--max-connection-age", "300ms", "--processing-delay", "3s"];
@@ -65,8 +67,8 @@ async fn h2_ends_a_connection_for_a_window_update_of_a_stream_above_the_last_goa
     assert_eq!((answered, error), (false, Some(PROTOCOL_ERROR)));
 }
 
-/// An HTTP/2 connection with so many calls in flight, each begun after a pause; whether there was one as
-/// it was asked to go, and when that was.
+/// An HTTP/2 connection with so many calls in flight, each begun after a pause; whether there was
+/// one as it was asked to go, and when that was.
 async fn call_until_goaway(server: &Process, at_a_time: u32, pause: Duration) -> (bool, Duration) {
     let begun = Instant::now();
     let mut peer = connect(server.api).await;

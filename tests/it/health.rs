@@ -121,3 +121,22 @@ async fn grpcurl_prints_the_bad_fields() {
     let output = grpcurl.args(["-plaintext", &address, "list"]).output().await.unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap().lines().count(), 4);
 }
+
+#[tokio::test]
+async fn checks_are_answered_while_others_hold_every_stream_of_reflection() {
+    let server = Process::start("sqlite::memory:", &[]).await;
+    let (mut clients, mut streams) = (Vec::new(), Vec::new());
+    for _ in 0..2 {
+        let mut client = with_window(server.api, 0).await;
+        for _ in 0..256 {
+            client = client.ready().await.unwrap();
+            streams.push(client.send_request(grpc(REFLECTION, &()).0, false).unwrap());
+        }
+        clients.push(client);
+    }
+    for _ in 0..20 {
+        // Each on a connection of its own, as a probe is.
+        let mut health = HealthClient::new(channel(server.api).await);
+        health.check(of("")).await.unwrap();
+    }
+}

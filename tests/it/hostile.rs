@@ -1,4 +1,5 @@
-//! Requests that no honest client sends: each is answered in its own protocol, and nothing is placed.
+//! Requests that no honest client sends: each is answered in its own protocol, and nothing is
+//! placed.
 
 use http::Method;
 use reqwest::Client;
@@ -196,8 +197,8 @@ async fn odd_spellings_are_problems_that_name_the_field() {
     assert_eq!(page.value("product_order_total", &[]), 1.0);
 }
 
-/// A route that reads no body answers at once; every other request ends at its deadline. Only streams of
-/// health and reflection have none, not all that bears their names.
+/// A route that reads no body answers at once; every other request ends at its deadline. Only
+/// streams of health and reflection have none, not all that bears their names.
 #[tokio::test]
 async fn a_body_that_never_comes_holds_no_request_on_any_path() {
     let server = Process::start("sqlite::memory:", &["--request-timeout", "300ms"]).await;

@@ -1,4 +1,5 @@
-//! A server in this process, with routes of the tests' own: streams, panics and bodies of every kind.
+//! A server in this process, with routes of the tests' own: streams, panics and bodies of every
+//! kind.
 
 use std::{convert::Infallible, net::SocketAddr};
 
@@ -107,8 +108,9 @@ pub fn in_flight(page: &Page) -> f64 {
     page.sum("requests_in_flight", &[])
 }
 
-/// Whether nothing is in flight, and what was started was handled, and timed, once. To be waited for:
-/// the families are read one after the other, and of a request that ends meanwhile a page shows a part.
+/// Whether nothing is in flight, and what was started was handled, and timed, once. To be waited
+/// for: the families are read one after the other, and of a request that ends meanwhile a page
+/// shows a part.
 pub fn is_at_rest(page: &Page) -> bool {
     let calls = page.sum("grpc_server_handled_total", &[]);
     let requests = page.sum("http_requests_total_with_path", &[]);

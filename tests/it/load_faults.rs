@@ -1,5 +1,5 @@
-//! `order-load` against a service that does wrong: what an audit must find, and which calls are sent
-//! again.
+//! `order-load` against a service that does wrong: what an audit must find, and which calls are
+//! sent again.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -171,7 +171,8 @@ impl OrderService for Double {
         let mut orders = self.orders.lock().unwrap().clone();
         orders.retain(|(_, listed)| *listed);
         orders.sort_by(|(a, _), (b, _)| b.order_id.cmp(&a.order_id));
-        // Pages shorter than asked for, as a service may give them: the scan must follow the tokens.
+        // Pages shorter than asked for, as a service may give them: the scan must follow the
+        // tokens.
         let from: usize = page_token.parse().unwrap_or_default();
         let to = orders.len().min(from + usize::try_from(page_size).unwrap().min(70));
         let next = if to < orders.len() { to.to_string() } else { String::new() };

@@ -26,7 +26,8 @@ use crate::{
     support::{PATIENCE, Page, Process, channel, scrape_until, server_command},
 };
 
-/// Limit of an answer and of the drain: far longer than either takes, the flush of the log included.
+/// Limit of an answer and of the drain: far longer than either takes, the flush of the log
+/// included.
 const SOON: Duration = Duration::from_secs(20);
 
 /// A server whose stderr the test chooses.

@@ -1,5 +1,5 @@
-//! The log lines of requests: one for each failure, with the names by which the request is known, and
-//! no more than strangers may cause.
+//! The log lines of requests: one for each failure, with the names by which the request is known,
+//! and no more than strangers may cause.
 
 use std::{
     fs::File,
@@ -32,15 +32,17 @@ pub const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01
 
 const ONE_THREAD: [&str; 2] = ["--worker-threads", "1"];
 
-/// Keeps what is logged on this thread, on which all of a test's server runs, too, if it has but one.
+/// Keeps what is logged on this thread, on which all of a test's server runs, too, if it has but
+/// one.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl Log {
     /// Logs as the program does, with this `RUST_LOG`, for as long as what it returns lives.
     fn capture(&self, filter: &str) -> (Dispatch, DefaultGuard) {
-        // Of a subscriber that is the only one tracing asks whether anybody wants a line on the thread that
-        // comes to it first, once for all threads. On another test's thread nobody does.
+        // Of a subscriber that is the only one tracing asks whether anybody wants a line on the
+        // thread that comes to it first, once for all threads. On another test's thread nobody
+        // does.
         let silent = Dispatch::new(NoSubscriber::default());
         let subscriber = logs::subscriber(LogFormat::Json, Some(filter), self.clone()).unwrap();
         (silent, tracing::subscriber::set_default(subscriber))
@@ -240,8 +242,8 @@ fn reported(lines: &[Value], level: &str) -> u64 {
         .sum()
 }
 
-/// Waits until exactly that many requests are reported. Checks that no second has more than ten lines
-/// about single requests, and more than one with a number.
+/// Waits until exactly that many requests are reported. Checks that no second has more than ten
+/// lines about single requests, and more than one with a number.
 async fn reported_within_the_limit(server: &Process, level: &str, requests: u64) {
     let begun = Instant::now();
     while reported(&server.log(), level) < requests {
@@ -265,8 +267,8 @@ pub fn times<'l>(lines: impl Iterator<Item = &'l Value>) -> Vec<SystemTime> {
     times.map(|time| humantime::parse_rfc3339(time).unwrap()).collect()
 }
 
-/// Whether no second has more lines than that. Half a second, since a line's timestamp is a moment later
-/// than the check of the limit.
+/// Whether no second has more lines than that. Half a second, since a line's timestamp is a moment
+/// later than the check of the limit.
 pub fn are_apart(times: &[SystemTime], lines: usize) -> bool {
     let gap = |window: &[SystemTime]| window[lines].duration_since(window[0]).unwrap();
     times.windows(lines + 1).all(|window| gap(window) > Duration::from_millis(500))
@@ -314,7 +316,8 @@ async fn lines_about_deadlines_are_limited_whoever_set_them() {
     for (timeout, level, other) in [("1m", "INFO", "WARN"), ("60S", "WARN", "INFO")] {
         let already = reported(&server.log(), other);
         let calls = (0..30).map(|_| {
-            // A gRPC client would keep its timeout by itself; this one waits for the server's answer.
+            // A gRPC client would keep its timeout by itself; this one waits for the server's
+            // answer.
             let (request, body) = grpc("/orders.v1.OrderService/Place", &place("book"));
             let request = client.post(server.url(request.uri().path())).body(body);
             let request = request.header("content-type", "application/grpc");

@@ -1,5 +1,5 @@
-//! Requests whose bytes cannot be decoded: refused as gRPC's status table says, and counted as their
-//! callers' fault.
+//! Requests whose bytes cannot be decoded: refused as gRPC's status table says, and counted as
+//! their callers' fault.
 
 use bytes::Bytes;
 use http::Request;
@@ -66,6 +66,20 @@ async fn undecodable_calls_are_internal_or_unimplemented_and_counted() {
             let code = format!("grpc_code=\"{code}\"");
             let handled = page.value("grpc_server_handled_total", &[method, &code]);
             assert_eq!(handled, count, "{what}");
+        }
+    }
+    // Calls that are in no other family are not counted: they would hide failures that are.
+    for path in [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/orders.v1.OrderService/Cancel",
+    ] {
+        for (headers, bytes) in [
+            (&[("content-type", "application/grpc+json")][..], &json[..]),
+            (&[GRPC], &[0, 0, 0, 0, 2, 0x0a, 0x7f]),
+            (&[GRPC], &compressed),
+        ] {
+            called(&server, path, headers, bytes).await;
         }
     }
     let before = server.scrape().await;

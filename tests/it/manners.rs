@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use crate::{
-    peers::{closed, connect, get, response},
+    peers::{closed, connect, get, response, with_window},
     support::{PATIENCE, Process, exchange, scrape_until},
 };
 
@@ -25,6 +25,8 @@ async fn http_1_1_without_exactly_one_valid_host_places_nothing() {
         "host: :80\r\n",
         "host: a:port\r\n",
         "host:\r\n",
+        "host: []\r\n",
+        "host: [zz]:80\r\n",
     ] {
         for request in
             ["GET /product HTTP/1.1", "GET http://a/product HTTP/1.1", "GET /nowhere HTTP/1.1"]
@@ -44,7 +46,7 @@ async fn http_1_1_without_exactly_one_valid_host_places_nothing() {
     let page = server.scrape().await;
     assert_eq!(page.value("product_order_total", &[]), 0.0);
     let unmatched = ["url=\"unmatched\"", "method=\"GET\"", "code=\"400\""];
-    assert_eq!(page.value("http_requests_total_with_path", &unmatched), 8.0);
+    assert_eq!(page.value("http_requests_total_with_path", &unmatched), 10.0);
     for host in ["host: x", "HOST: orders.test:8181", "host: [::1]:8181", "host: 127.0.0.1"] {
         let request = format!("GET /product HTTP/1.1\r\n{host}\r\nconnection: close\r\n\r\n");
         let answer = exchange(server.api, request.as_bytes()).await;
@@ -84,7 +86,8 @@ async fn a_compressed_body_is_refused_before_it_is_parsed() {
     }
 }
 
-/// With a deadline of a minute, an answer that waited for the body would come too late for this test.
+/// With a deadline of a minute, an answer that waited for the body would come too late for this
+/// test.
 #[tokio::test]
 async fn early_answers_come_while_the_sender_pauses() {
     let server = Process::start("sqlite::memory:", &["--request-timeout", "120s"]).await;
@@ -175,13 +178,22 @@ async fn what_the_http_layer_refuses_by_itself_is_counted() {
         page.value("connections_aborted_total", &[&aborted("protocol_error")]) == 1.0
     })
     .await;
+    // A header block that is far over the limit.
+    let mut client = with_window(server.api, 65_535).await;
+    let request = http::Request::get("http://x/product").header("x", "x".repeat(70_000));
+    let (answer, _) = client.send_request(request.body(()).unwrap(), true).unwrap();
+    timeout(PATIENCE, answer).await.expect("the connection ends").unwrap_err();
+    scrape_until(server.admin, |page| {
+        page.value("connections_aborted_total", &[&aborted("enhance_your_calm")]) == 1.0
+    })
+    .await;
     // A peer that just goes is no abort.
     drop(connect(server.api).await);
     let mut peer = connect(server.api).await;
     get(&mut peer).await;
     drop(peer);
     let page = scrape_until(server.admin, |page| page.value("connections_open", &[]) == 0.0).await;
-    assert_eq!(page.sum("connections_aborted_total", &[]), 4.0);
+    assert_eq!(page.sum("connections_aborted_total", &[]), 5.0);
 }
 
 #[tokio::test]

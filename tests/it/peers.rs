@@ -122,7 +122,8 @@ pub fn raw_frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&head.concat(), payload].concat()
 }
 
-/// A header field of a header block, which neither indexes nor compresses it (RFC 7541, section 6.2.2).
+/// A header field of a header block, which neither indexes nor compresses it (RFC 7541, section
+/// 6.2.2).
 pub fn field(name: &str, value: &str) -> Vec<u8> {
     let mut field = vec![0];
     for text in [name, value] {

@@ -1,5 +1,5 @@
-//! 1 000 callers who read at the same time, more than the store can answer: they are shed, in the words
-//! of each protocol, nobody is told of an outage, and orders are placed all the same.
+//! 1 000 callers who read at the same time, more than the store can answer: they are shed, in the
+//! words of each protocol, nobody is told of an outage, and orders are placed all the same.
 
 use std::{
     collections::BTreeMap,
@@ -51,8 +51,8 @@ impl Calls {
         *self.answers.lock().unwrap().entry((protocol, how)).or_default() += 1;
     }
 
-    /// A caller who was refused comes back later, as it was told to; so much later that the machine of the
-    /// test has time for those in line.
+    /// A caller who was refused comes back later, as it was told to; so much later that the machine
+    /// of the test has time for those in line.
     async fn pause(&self, advised: Option<Duration>) {
         let pause = advised.unwrap_or_default() + Duration::from_secs(2);
         let _ = timeout(pause, self.over.cancelled()).await;
@@ -99,8 +99,8 @@ impl Calls {
 /// Each takes all of a machine that shares its cores with other tests.
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// 1 000 callers who read over both protocols until some of each were answered and some refused, while
-/// orders are placed; the service's word on all that must be theirs.
+/// 1 000 callers who read over both protocols until some of each were answered and some refused,
+/// while orders are placed; the service's word on all that must be theirs.
 async fn a_thousand_readers(server: &Process, id: &str) {
     let _alone = ONE_AT_A_TIME.lock().await;
     rlimit::increase_nofile_limit(8192).unwrap();

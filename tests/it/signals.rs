@@ -55,7 +55,8 @@ async fn each_signal_to_end_is_the_second_one_after_any_other() {
     }
 }
 
-/// The signals that would end a process and ask nothing of this one. SIGHUP is one of them without TLS.
+/// The signals that would end a process and ask nothing of this one. SIGHUP is one of them without
+/// TLS.
 const HARMLESS: [Signal; 9] = [
     Signal::HUP,
     Signal::USR1,
@@ -89,8 +90,8 @@ async fn other_signals_change_nothing_not_for_calls_nor_in_the_drain() {
     assert_eq!(server.exited().await.code(), Some(0));
 }
 
-/// From the first moment in which a peer could connect: the listeners' ports are in the kernel's table
-/// before any line is logged.
+/// From the first moment in which a peer could connect: the listeners' ports are in the kernel's
+/// table before any line is logged.
 #[tokio::test]
 async fn signals_are_handled_before_a_socket_opens() {
     // A server that is waited for, so that the start takes its time.
@@ -151,7 +152,8 @@ async fn a_hangup_reads_the_tls_files_at_once_and_says_so() {
         .await
         .expect("the new certificate is read");
     }
-    // Files that are only looked at each second would have taken as many seconds as there were rounds.
+    // Files that are only looked at each second would have taken as many seconds as there were
+    // rounds.
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 
     fs::write(pki.path("server.pem"), "half a certif").unwrap();

@@ -1,5 +1,5 @@
-//! More reads than the store can answer: that is overload and no outage, and orders are placed all the
-//! same.
+//! More reads than the store can answer: that is overload and no outage, and orders are placed all
+//! the same.
 
 use std::{
     sync::{
@@ -182,7 +182,8 @@ async fn reads_in_line_before_a_server_that_hangs_are_told_of_the_outage() {
     opened.close().await;
 }
 
-/// Who has waited in line for most of a second, and more, has all the time that others have for a login.
+/// Who has waited in line for most of a second, and more, has all the time that others have for a
+/// login.
 #[tokio::test]
 #[ignore = "needs PostgreSQL's server programs; run by make test"]
 async fn connections_that_break_make_no_outage_of_an_overload() {

@@ -226,8 +226,8 @@ impl Page {
         Self(response.text().await.unwrap())
     }
 
-    /// The value of the one series of this name that has all of these labels (`name="value"`, in any
-    /// order).
+    /// The value of the one series of this name that has all of these labels (`name="value"`, in
+    /// any order).
     pub fn value(&self, name: &str, labels: &[&str]) -> f64 {
         let values: Vec<_> = self.series(name, labels).map(|(_, value)| value).collect();
         assert_eq!(values.len(), 1, "{name} {labels:?} in\n{}", self.0);

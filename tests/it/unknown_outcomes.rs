@@ -152,7 +152,8 @@ async fn an_order_that_is_refused_when_it_is_sent_again_is_looked_up_first() {
     proxied.assert_stored_and_counted(&order.order).await;
 }
 
-/// The writer looks it up by itself: in line among the readers it would hold up all orders behind it.
+/// The writer looks it up by itself: in line among the readers it would hold up all orders behind
+/// it.
 #[tokio::test]
 #[ignore = "needs PostgreSQL's server programs; run by make test"]
 async fn an_order_is_looked_up_past_any_number_of_readers() {
@@ -176,8 +177,8 @@ async fn an_order_is_looked_up_past_any_number_of_readers() {
     proxied.assert_stored_and_counted(&order.order).await;
 }
 
-/// A row that another program wrote cannot be read as an order. Whoever has its key is refused; who is
-/// committed in the same batch is placed and counted, even if its caller hung up meanwhile.
+/// A row that another program wrote cannot be read as an order. Whoever has its key is refused; who
+/// is committed in the same batch is placed and counted, even if its caller hung up meanwhile.
 async fn an_order_beside_an_unreadable_one_is_counted(database: Database) {
     let opened = database.open().await;
     let mut connection = database.connect().await;

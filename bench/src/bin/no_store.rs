@@ -54,6 +54,7 @@ fn main() -> anyhow::Result<()> {
             tls: None,
             served_by: ServedBy::new("limit", process::id()),
             revision: "bench",
+            open_files: u64::MAX,
             signals,
             log: LogMetrics::new(),
         };

@@ -2,14 +2,15 @@
 //! them, and on request audits that none was lost, doubled or altered.
 //!
 //! - [`args`]: the flags; [`schedule`]: from phases to the moment of each order;
-//! - [`target`], [`tls`], [`connection`], [`pool`], [`keeper`], [`spread`]: connections, spread over every address of the
-//!   target's name;
+//! - [`target`], [`tls`], [`connection`], [`pool`], [`keeper`], [`spread`]: connections, spread
+//!   over every address of the target's name;
 //! - [`call`], [`grpc`], [`rest`]: one call in either protocol;
 //! - [`sender`]: sends each order at its moment, and again if it may have been lost;
 //! - [`recorder`], [`progress`], [`report`]: what came of it, meanwhile and at the end;
 //! - [`audit`]: reads the orders back.
 //!
-//! Of the library it uses the proto, the rules of an order and how bad usage is told, nothing of the server.
+//! Of the library it uses the proto, the rules of an order and how bad usage is told, nothing of
+//! the server.
 #![allow(missing_docs, reason = "a program, not a library")]
 
 mod args;

@@ -1,5 +1,5 @@
-//! How it goes, on stderr: a bar for each phase, or plain lines where stderr is no terminal. Failed writes
-//! are ignored: `eprintln!` would panic.
+//! How it goes, on stderr: a bar for each phase, or plain lines where stderr is no terminal. Failed
+//! writes are ignored: `eprintln!` would panic.
 
 use std::{
     io::{IsTerminal as _, Write as _, stderr},

@@ -1,5 +1,5 @@
-//! What a line shows of a request: copies of bounded length. A clone of a `HeaderValue` or a `Uri` would
-//! keep the whole header block in memory for as long as a stream lives.
+//! What a line shows of a request: copies of bounded length. A clone of a `HeaderValue` or a `Uri`
+//! would keep the whole header block in memory for as long as a stream lives.
 
 use std::fmt::{self, Display, Write as _};
 
@@ -87,8 +87,8 @@ pub(in crate::layers) fn method(method: &Method) -> Method {
     }
 }
 
-/// Copies a `traceparent` that has the form of W3C Trace Context: version 00, or the part of a later
-/// version that older readers parse (W3C Trace Context, 3.2.4). Empty if it has another form.
+/// Copies a `traceparent` that has the form of W3C Trace Context: version 00, or the part of a
+/// later version that older readers parse (W3C Trace Context, 3.2.4). Empty if it has another form.
 pub(in crate::layers) fn traceparent(value: Option<&HeaderValue>) -> Traceparent {
     let known = value.and_then(|value| {
         let (known, rest) = value.as_bytes().split_at_checked(Traceparent::EMPTY.bytes.len())?;

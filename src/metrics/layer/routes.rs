@@ -14,8 +14,8 @@ pub struct Route {
 
 impl Route {
     /// The template of a route as axum writes it, such as `/orders/{order_id}` or `/files/{*path}`,
-    /// and the methods it serves, each with the codes that it can answer with; 400, 499, 500, 503 and
-    /// 504 are always among them.
+    /// and the methods it serves, each with the codes that it can answer with; 400, 499, 500, 503
+    /// and 504 are always among them.
     pub fn new(path: &'static str, methods: &[(Method, &'static [u16])]) -> Self {
         Self { path, methods: methods.to_vec() }
     }

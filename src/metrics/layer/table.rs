@@ -39,8 +39,8 @@ pub(super) const GRPC_CODES: [&str; 17] = [
     "Unauthenticated",
 ];
 
-/// Codes that any request may get: a bad `Host`, a panic, an overload, a deadline, a caller that went
-/// away.
+/// Codes that any request may get: a bad `Host`, a panic, an overload, a deadline, a caller that
+/// went away.
 const ANYWHERE: [u16; 5] = [400, 499, 500, 503, 504];
 
 /// Beside those: what a method gets that its route does not serve, and what no route gets.
@@ -49,8 +49,8 @@ const NO_ROUTE: [u16; 3] = [404, 405, 415];
 
 #[derive(Debug)]
 pub(super) struct Table {
-    /// By path, in no order: a comparison ends at the length of nearly every other path. The last, of
-    /// no path, is the last resort.
+    /// By path, in no order: a comparison ends at the length of nearly every other path. The last,
+    /// of no path, is the last resort.
     grpc: Vec<(String, GrpcHandles)>,
     /// `/package.Service/` of the services that are not recorded.
     unrecorded: Vec<String>,

@@ -1,8 +1,8 @@
 //! The connections to the server: at most so many, each used by one attempt at a time.
 //!
 //! Not sqlx's pool. That one pings each connection that comes back, without a time limit, so that a
-//! server that vanishes in that moment takes the connection's place for as long as TCP waits; and it
-//! says only that there was no connection, where an operator needs the reason.
+//! server that vanishes in that moment takes the connection's place for as long as TCP waits; and
+//! it says only that there was no connection, where an operator needs the reason.
 
 use std::{
     collections::VecDeque,
@@ -32,8 +32,8 @@ use crate::{
 /// How long to wait for a place among the connections, and then for the connection.
 const ACQUIRE: Duration = Duration::from_secs(1);
 
-/// How long a login may take. It goes on without the one who began it, so that a server whose logins
-/// take longer than anybody waits is reached all the same.
+/// How long a login may take. It goes on without the one who began it, so that a server whose
+/// logins take longer than anybody waits is reached all the same.
 const LOGIN: Duration = Duration::from_secs(5);
 
 /// A login that is under way for so long may hang; the next who wants a connection begins another
@@ -44,8 +44,8 @@ const NEXT_LOGIN: Duration = Duration::from_millis(900);
 /// second for itself before the next, so that the oldest, which makes room, had more than three.
 const LOGINS: usize = 4;
 
-/// A connection that is older is replaced before its next use, so that a name that points elsewhere by
-/// now, and a balancer's new node, are noticed.
+/// A connection that is older is replaced before its next use, so that a name that points elsewhere
+/// by now, and a balancer's new node, are noticed.
 const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 
 /// How long the farewells may take.
@@ -89,8 +89,8 @@ struct Login {
 }
 
 impl Connections {
-    /// At most `most` connections, none of them opened yet; `writers` of them are not for reading, as
-    /// long as that leaves one.
+    /// At most `most` connections, none of them opened yet; `writers` of them are not for reading,
+    /// as long as that leaves one.
     pub(super) fn new(options: PgConnectOptions, most: usize, writers: usize) -> Self {
         let shared = Shared {
             options: Box::new(options),
@@ -105,7 +105,8 @@ impl Connections {
     /// A connection that nobody else uses, and that is closed when it is dropped.
     ///
     /// # Errors
-    /// If all are in use for too long, or the server gives none within a second; nothing was sent then.
+    /// If all are in use for too long, or the server gives none within a second; nothing was sent
+    /// then.
     pub(super) async fn take(&self, purpose: Purpose) -> Result<Taken<'_>, Failure> {
         let places = &self.shared.places;
         let (turn, place) = match purpose {
@@ -247,8 +248,8 @@ impl State {
     }
 }
 
-/// A connection in use. Dropping it closes it, which is right for one with statements under way, also
-/// when the caller hung up.
+/// A connection in use. Dropping it closes it, which is right for one with statements under way,
+/// also when the caller hung up.
 pub(super) struct Taken<'c> {
     held: Idle,
     of: &'c Shared,

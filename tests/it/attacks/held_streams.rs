@@ -1,5 +1,5 @@
-//! As many streams as a connection takes, held open, with heads that cost more than they should; a new
-//! one for each that has ended.
+//! As many streams as a connection takes, held open, with heads that cost more than they should; a
+//! new one for each that has ended.
 
 use std::{collections::HashSet, io};
 

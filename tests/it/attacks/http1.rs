@@ -16,8 +16,8 @@ type Attacking = BoxFuture<'static, ()>;
 const CHUNKED: &str = "POST /product HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
                        transfer-encoding: chunked\r\n\r\n";
 
-/// Sends `opening`, then `again` with pauses, to the end of the connection; what comes back is read,
-/// or not.
+/// Sends `opening`, then `again` with pauses, to the end of the connection; what comes back is
+/// read, or not.
 fn send(
     peer: HostilePeer,
     opening: impl Into<Vec<u8>>,

@@ -1,4 +1,5 @@
-//! Prometheus' configuration, rules and alerts, by its own tool; the chart's copy of them; and the runbook.
+//! Prometheus' configuration, rules and alerts, by its own tool; the chart's copy of them; and the
+//! runbook.
 
 use std::{collections::BTreeSet, env, fs};
 
