@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Calls that grpcio's clients lose to the age of their connections, with the message of each.
 
-Usage: goaway.py [AGE…], such as 2s or 5s. Needs grpcio: `python3 -m venv venv && venv/bin/pip install
-grpcio`, then `venv/bin/python bench/goaway.py`. SECONDS_PER_RUN, CLIENTS (processes, with a connection
-each) and CALLERS (of each client) set the load, SERVICE another build of the service.
+Usage: goaway.py [AGE…]; the shorter the age, the more GOAWAYs a run has. Needs grpcio: `python3 -m venv
+venv && venv/bin/pip install grpcio`, then `venv/bin/python bench/goaway.py`. SECONDS_PER_RUN, CLIENTS
+(processes, with a connection each) and CALLERS (of each client) set the load, SERVICE another build of
+the service.
 """
 
 import asyncio
@@ -71,7 +72,7 @@ def run(age):
 
 def main():
     print(f"{CLIENTS} × {CALLERS} callers, {SECONDS} s, 100 ms of work for each call\n")
-    ages = sys.argv[1:] or ["2s", "5s"]
+    ages = sys.argv[1:] or ["250ms", "500ms", "2s", "5s"]
     table(["age", "calls", "failed", "messages"], [run(age) for age in ages])
 
 

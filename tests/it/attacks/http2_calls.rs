@@ -45,10 +45,9 @@ enum Rest {
     BeginAgain,
 }
 
-#[expect(non_upper_case_globals, reason = "it stands where its siblings have arguments")]
 impl Body {
     /// Never comes.
-    pub const None: Self = Self { begin: Bytes::new(), rest: Rest::Nothing };
+    pub const NONE: Self = Self { begin: Bytes::new(), rest: Rest::Nothing };
 
     /// A gRPC message, and the end.
     pub fn message(message: &[u8]) -> Self {
