@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 /// Budgets of at least this size keep their last quarter for connections that hold at most this part.
 const LARGE: usize = 256;
-const SMALL_PART: usize = 128;
+const SMALL_PART: usize = 100;
 
 /// A number of places.
 #[derive(Debug)]
