@@ -11,7 +11,7 @@ use std::{
 
 use axum::{Router, body::Body, routing::get};
 use bytes::Bytes;
-use http::{Method, Request, Response, Version};
+use http::{HeaderValue, Method, Request, Response, Version, header::HOST};
 use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt as _, Full};
 use order_service::{
@@ -168,7 +168,8 @@ where
 /// A request as it comes from hyper.
 pub fn request(protocol: &str) -> Request<Full<Bytes>> {
     if protocol == "rest" {
-        return Request::get("/product").body(Full::default()).expect("valid");
+        let request = Request::get("/product").header(HOST, HeaderValue::from_static("localhost"));
+        return request.body(Full::default()).expect("valid");
     }
     let message = PlaceRequest { product_id: "book".into(), ..Default::default() };
     let mut bytes = vec![0; 5];

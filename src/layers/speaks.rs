@@ -14,7 +14,7 @@ use std::{
 
 use axum::body::Body;
 use futures_util::future::Either;
-use http::{HeaderMap, Method, Request, Response, Version, header, uri::Authority};
+use http::{HeaderMap, Method, Request, Response, Version, header};
 use tower::{Layer, Service};
 
 use super::context::Call;
@@ -25,25 +25,37 @@ const MAX_SHOWN: usize = 64;
 
 /// The gRPC services on the API's port.
 #[derive(Debug, Clone)]
-pub struct GrpcServices(Arc<[String]>);
+pub struct GrpcServices(Arc<[MethodPath]>);
+
+/// A method's path, such as `/package.Service/Method`, and the length of its service's part, up to
+/// and with the second slash.
+#[derive(Debug)]
+struct MethodPath {
+    path: String,
+    service: usize,
+}
 
 impl GrpcServices {
     /// By the paths of their methods, such as `/package.Service/Method`.
     pub fn new(methods: impl IntoIterator<Item = String>) -> Self {
-        Self(methods.into_iter().collect())
+        let parts = |path: String| MethodPath { service: service_part(&path), path };
+        Self(methods.into_iter().map(parts).collect())
     }
 
     /// Whether one of them is called by this path, be there such a method or not.
     fn have(&self, path: &str) -> bool {
-        let service = |path: &str| path.rfind('/').map_or(0, |end| end + 1);
-        let called = &path[..service(path)];
+        let called = &path[..service_part(path)];
         called.len() < path.len()
-            && self.0.iter().any(|method| method[..service(method)] == *called)
+            && self.0.iter().any(|method| method.path[..method.service] == *called)
     }
 
     fn have_method(&self, path: &str) -> bool {
-        self.0.iter().any(|method| method == path)
+        self.0.iter().any(|method| method.path == path)
     }
+}
+
+fn service_part(path: &str) -> usize {
+    path.rfind('/').map_or(0, |end| end + 1)
 }
 
 #[derive(Debug, Clone)]
@@ -142,19 +154,32 @@ fn check_host(headers: &HeaderMap) -> Result<(), Error> {
     }
 }
 
+/// `host [":" port]` of RFC 3986, section 3.2, where the host is an IPv6 address in brackets or a
+/// name that is not empty. (`http`'s `Authority` would copy it, and accepts brackets around
+/// anything.)
 fn is_host(host: &[u8]) -> bool {
-    Authority::try_from(host).is_ok_and(|authority| {
-        let port = authority.as_str().strip_prefix(authority.host()).unwrap_or("@");
-        let is_port = |port: &str| {
+    let Ok(host) = str::from_utf8(host) else { return false };
+    let (host_is_valid, port) = match host.strip_prefix('[') {
+        Some(rest) => match rest.split_once(']') {
+            Some((address, port)) => (address.parse::<Ipv6Addr>().is_ok(), port),
+            None => return false,
+        },
+        None => {
+            let (name, port) = host.split_at(host.find(':').unwrap_or(host.len()));
+            (!name.is_empty() && name.bytes().all(is_name_byte), port)
+        }
+    };
+    let port_is_valid = port.is_empty()
+        || port.strip_prefix(':').is_some_and(|port| {
             port.bytes().all(|digit| digit.is_ascii_digit())
                 && (port.is_empty() || port.parse::<u16>().is_ok())
-        };
-        let port_is_valid = port.is_empty() || port.strip_prefix(':').is_some_and(is_port);
-        let host = authority.host();
-        let bracketed = host.strip_prefix('[').map(|host| host.strip_suffix(']').unwrap_or(""));
-        let host_is_valid = bracketed.map_or(!host.is_empty(), |ip| ip.parse::<Ipv6Addr>().is_ok());
-        host_is_valid && port_is_valid
-    })
+        });
+    host_is_valid && port_is_valid
+}
+
+/// Whether a byte may stand in a `reg-name`.
+fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(&byte)
 }
 
 #[cfg(test)]
@@ -185,6 +210,7 @@ mod tests {
             "[]:80",
             "a\\b",
             "http://x",
+            "\u{e4}",
         ] {
             assert!(!is_host(host.as_bytes()), "{host}");
         }
