@@ -139,7 +139,7 @@ def calls():
             "Error ratio", "percentunit",
             "Calls that failed, of all. The service's fault: shed, timed out, store unavailable or a bug. "
             "The caller's: invalid, not found, cancelled and the like. Malformed requests, which could not "
-            "be decoded, are the caller's, although gRPC answers them with INTERNAL.",
+            "be decoded or did not arrive whole, are the caller's, whatever gRPC answers them with.",
             ("the service's fault", ratio(f"({grpc_faults} + {http_faults})", ALL_CALLS)),
             ("the caller's", ratio(f"({grpc_failed} - {grpc_faults} + {http_callers})", ALL_CALLS)),
             ("malformed", ratio(malformed, ALL_CALLS)),

@@ -21,7 +21,7 @@ KEDA = 'scaledObject="order-service", metric=~"s0-.+"'
 
 # Codes that blame the service: what a caller may retry or report. All others but OK blame the caller.
 # `Internal` blames the service unless the request was malformed, see `internal_faults`.
-GRPC_FAULTS = "Unknown|DeadlineExceeded|ResourceExhausted|Unavailable|DataLoss"
+GRPC_FAULTS = "Unknown|ResourceExhausted|Unavailable|DataLoss"
 
 # Every new order of the last five minutes, those of replicas younger than that included: `increase`
 # never counts what a series is born with.
@@ -53,7 +53,7 @@ def rate(metric, *matchers, which=CHOSEN):
 
 def internal_faults():
     """gRPC calls that ended as INTERNAL, without the malformed ones: as in prometheus/rules."""
-    codes = 'grpc_code=~"Internal|Unimplemented"', 'grpc_method!="other"'
+    codes = 'grpc_code=~"Internal|Unimplemented|DeadlineExceeded"', 'grpc_method!="other"'
     internal = rate("grpc_server_handled_total", *codes)
     malformed = rate("requests_malformed_total", 'protocol="grpc"')
     return f"sum(clamp_min(sum by (namespace) ({internal} or -{malformed}), 0))"

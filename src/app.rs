@@ -199,6 +199,7 @@ fn api_limits(settings: &Settings, open_files: u64, threads: usize) -> Limits {
     }
     Limits {
         max_connections: settings.max_connections.min(left),
+        evicts_idle: false,
         max_age: Some(settings.max_connection_age).filter(|age| !age.is_zero()),
         overtime: OVERTIME,
         max_idle: Some(settings.idle_timeout).filter(|idle| !idle.is_zero()),
@@ -237,8 +238,9 @@ impl AdminServer {
     /// Requests of one HTTP/2 connection at a time.
     const MAX_STREAMS: u32 = 16;
 
-    /// A client that died must not hold a connection. Scrapers that come less often connect anew.
-    const MAX_IDLE: Duration = Duration::from_secs(30);
+    /// A client that died must not hold a connection. Not one of the usual scrape intervals: the
+    /// connection would close as the next scrape comes.
+    const MAX_IDLE: Duration = Duration::from_secs(45);
 
     /// How long the answers in flight may take at the end.
     const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -253,6 +255,8 @@ impl AdminServer {
         let kill = shutdown.kill.clone();
         let limits = Limits {
             max_connections: Self::MAX_CONNECTIONS,
+            // Idle peers must not keep probes out: the pod would be restarted for it.
+            evicts_idle: true,
             max_age: None,
             overtime: Duration::ZERO,
             max_idle: Some(Self::MAX_IDLE),

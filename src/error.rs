@@ -77,6 +77,9 @@ pub enum Error {
     StoreUnavailable,
     /// The deadline passed.
     DeadlineExceeded,
+    /// The deadline passed before the request was whole (RFC 9110, section 15.5.9): the caller's
+    /// fault, unlike a deadline that the service missed.
+    Incomplete,
     /// The caller went before its request was whole; nobody reads the answer.
     CallerGone,
     /// A bug or a failure that no retry mends. The cause is logged, never sent.
@@ -116,6 +119,7 @@ impl Error {
             Self::Shed(_) => (Code::ResourceExhausted, StatusCode::SERVICE_UNAVAILABLE, "shed", "Too many requests in flight"),
             Self::StoreUnavailable => (Code::Unavailable, StatusCode::SERVICE_UNAVAILABLE, "store-unavailable", "Store unavailable"),
             Self::DeadlineExceeded => (Code::DeadlineExceeded, StatusCode::GATEWAY_TIMEOUT, "deadline-exceeded", "Deadline exceeded"),
+            Self::Incomplete => (Code::DeadlineExceeded, StatusCode::REQUEST_TIMEOUT, "incomplete-request", "Incomplete request"),
             Self::CallerGone => (Code::Cancelled, client_closed_request(), "caller-gone", "Client closed request"),
             Self::Internal(_) => (Code::Internal, StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
         };
@@ -187,6 +191,7 @@ impl fmt::Display for Error {
                  order is placed twice",
             ),
             Self::DeadlineExceeded => f.write_str("the deadline passed"),
+            Self::Incomplete => f.write_str("the deadline passed before the request arrived whole"),
             Self::CallerGone => f.write_str("the caller went before its request was whole"),
             Self::Internal(_) => f.write_str("internal error"),
         }

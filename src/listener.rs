@@ -22,8 +22,8 @@ use http_body::Body;
 use hyper::body::Incoming;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
-    time::{Instant, sleep},
+    sync::{Notify, Semaphore, watch},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
@@ -34,6 +34,7 @@ use crate::{metrics::ConnectionMetrics, workers::Workers};
 mod aborts;
 mod connection;
 mod io_watch;
+mod limits;
 mod load;
 mod news;
 mod plan;
@@ -42,48 +43,10 @@ mod tls;
 
 pub use self::{
     aborts::caller_is_gone,
+    limits::{KEEP_ALIVE, KeepAlive, Limits, MAX_STREAMS, OVERTIME},
     load::{ConnectionLoad, RequestLoad},
     tls::{Tls, TlsError, TlsFiles},
 };
-
-/// What connections may do.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Beyond it a new connection is closed at once.
-    pub max_connections: usize,
-    /// For the first request of a connection to arrive, a later HTTP/1 head, and a TLS handshake.
-    pub read_timeout: Duration,
-    /// After it, 10 % more or less at random, a connection is asked to go.
-    pub max_age: Option<Duration>,
-    /// Grace after a connection was asked to go for its age or its idleness: then it is closed once
-    /// nothing is in flight.
-    pub overtime: Duration,
-    /// A connection with nothing in flight for that long after its last response is asked to go.
-    pub max_idle: Option<Duration>,
-    /// Of HTTP/2 connections.
-    pub keep_alive: KeepAlive,
-    /// Streams of one HTTP/2 connection at a time.
-    pub max_streams: u32,
-}
-
-/// When the peer of an HTTP/2 connection is taken for gone: a NAT or a load balancer forgot it.
-#[derive(Debug, Clone, Copy)]
-pub struct KeepAlive {
-    /// After so long without a frame the peer is sent a PING.
-    pub interval: Duration,
-    /// Without an answer to it the connection is closed.
-    pub timeout: Duration,
-}
-
-/// What suits peers on the internet, and the idle timeouts of the load balancers on the way.
-pub const KEEP_ALIVE: KeepAlive =
-    KeepAlive { interval: Duration::from_secs(30), timeout: Duration::from_secs(20) };
-
-/// Enough for an idle HTTP/1 client to learn by its next response that its connection ends.
-pub const OVERTIME: Duration = Duration::from_secs(30);
-
-/// Streams of one HTTP/2 connection that suit clients which share one connection.
-pub const MAX_STREAMS: u32 = 256;
 
 /// How far the shutdown is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -256,6 +219,9 @@ const BACKLOG: usize = 1024;
 /// lets one connection in and the next one fail.
 const TOLD_AGAIN: Duration = Duration::from_secs(30);
 
+/// How long a new connection waits for an idle one to close.
+const EVICTION: Duration = Duration::from_millis(100);
+
 /// Accepts connections and serves them on `workers` until they have all ended after
 /// [`Phase::Stopping`], or are cut off.
 pub async fn serve<S, B>(
@@ -283,7 +249,14 @@ pub async fn serve<S, B>(
     let connections = Connections {
         workers,
         free: Arc::new(Semaphore::new(limits.max_connections)),
-        shared: Arc::new(Shared { limits, metrics, tls, kill, tracker: tracker.clone() }),
+        shared: Arc::new(Shared {
+            limits,
+            metrics,
+            tls,
+            kill,
+            tracker: tracker.clone(),
+            evict: Notify::new(),
+        }),
         phase: phase.clone(),
         service,
     };
@@ -319,6 +292,16 @@ where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
+    /// Closes the connection that has been idle longest if all places are taken and the limits say
+    /// so. Returns once a place is free, or after [`EVICTION`].
+    async fn make_room(&self) {
+        if self.shared.limits.evicts_idle && self.free.available_permits() == 0 {
+            self.shared.evict.notify_one();
+            // The permit is given back at once: nobody else takes one.
+            let _ = timeout(EVICTION, self.free.acquire()).await;
+        }
+    }
+
     fn begin(&self, stream: StdStream) {
         let metrics = &self.shared.metrics;
         metrics.accepted.inc();
@@ -369,6 +352,7 @@ async fn accept_until_stopping<S, B>(
                     back_off = BACK_OFF.0;
                     // Leaves this runtime for that of its worker.
                     if let Ok(stream) = stream.into_std() {
+                        connections.make_room().await;
                         connections.begin(stream);
                     }
                 }

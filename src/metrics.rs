@@ -386,7 +386,7 @@ impl RequestMetrics {
             IntCounterVec::new(
                 Opts::new(
                     "requests_malformed_total",
-                    "Requests whose bytes could not be decoded: the caller's fault.",
+                    "Requests that could not be decoded or did not arrive whole: the caller's fault.",
                 ),
                 &["protocol"],
             )?,

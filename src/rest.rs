@@ -46,7 +46,7 @@ pub fn routes(orders: Orders) -> Router {
 /// Which codes these routes answer with, by path and method, as the metrics layer wants to know: the
 /// rows of the error table that each can give.
 pub fn metered_routes() -> Vec<Route> {
-    const PLACING: &[u16] = &[200, 201, 400, 413, 415, 422, 500, 503, 504];
+    const PLACING: &[u16] = &[200, 201, 400, 408, 413, 415, 422, 500, 503, 504];
     const PLACING_BY_QUERY: &[u16] = &[200, 422, 500, 503, 504];
     const READING: &[u16] = &[200, 404, 500, 503, 504];
     const LISTING: &[u16] = &[200, 422, 500, 503, 504];

@@ -86,7 +86,7 @@ impl Call {
     /// Returns the error for a caller that left before the request was complete.
     pub(super) fn caller_gone(&self) -> Error {
         let passed = self.deadline.get().is_some_and(|deadline| *deadline <= Instant::now());
-        if passed { Error::DeadlineExceeded } else { Error::CallerGone }
+        if passed { Error::Incomplete } else { Error::CallerGone }
     }
 
     pub(super) fn metrics(&self) -> &RequestMetrics {

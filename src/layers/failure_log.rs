@@ -142,7 +142,10 @@ impl FailureLog {
                 self.0.metrics.shed(subject.protocol, *reason).inc();
                 Severity::Debug
             }
-            Error::Malformed(_) | Error::UnknownCodec(_) | Error::NotACall(_) => {
+            Error::Malformed(_)
+            | Error::UnknownCodec(_)
+            | Error::NotACall(_)
+            | Error::Incomplete => {
                 self.count_malformed(subject);
                 Severity::Caller
             }

@@ -113,6 +113,11 @@ where
                 let polled = inner.poll(cx);
                 if let Some(call) = arriving {
                     match call.take_admission(polled.is_ready()) {
+                        Admission::Arriving
+                            if matches!(polled, Poll::Ready(Err(Error::DeadlineExceeded))) =>
+                        {
+                            return Poll::Ready(Err(Error::Incomplete));
+                        }
                         Admission::Arriving | Admission::Answered => {}
                         Admission::Admitted(admitted) => {
                             (*permit, *arriving) = (Some(admitted), None);

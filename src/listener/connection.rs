@@ -18,7 +18,7 @@ use prometheus::IntGauge;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    sync::watch,
+    sync::{Notify, watch},
     time::{sleep, sleep_until, timeout},
 };
 use tokio_rustls::server::TlsStream;
@@ -61,6 +61,8 @@ pub(super) struct Shared {
     pub(super) tls: Option<Tls>,
     pub(super) kill: CancellationToken,
     pub(super) tracker: TaskTracker,
+    /// Closes one idle connection. It wakes who waits longest.
+    pub(super) evict: Notify,
 }
 
 /// Serves one connection to its end.
@@ -160,6 +162,8 @@ async fn serve<I, S, B>(
     plan.follow(*phase.borrow_and_update());
     let mut timer = pin!(sleep_until(plan.next_look()));
     let mut news = news(phase, shared.kill.clone());
+    // Waits since nothing is in flight.
+    let mut evicted = pin!(None);
     loop {
         let step = poll_fn(|cx| {
             // The news first: a request that came after the phase changed is answered by it.
@@ -177,6 +181,17 @@ async fn serve<I, S, B>(
             }
             if plan.goaway_is_due() || timer.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Step::Due);
+            }
+            let busy = || state.in_flight() > 0 || state.is_write_blocked();
+            if !shared.limits.evicts_idle || busy() {
+                evicted.set(None);
+                return Poll::Pending;
+            }
+            if evicted.is_none() {
+                evicted.set(Some(shared.evict.notified()));
+            }
+            if evicted.as_mut().as_pin_mut().is_some_and(|evicted| evicted.poll(cx).is_ready()) {
+                return Poll::Ready(Step::Evicted);
             }
             Poll::Pending
         });
@@ -204,6 +219,7 @@ async fn serve<I, S, B>(
             }
             Step::News(News::Phase(_)) if plan.stopping => {}
             Step::News(News::Phase(phase)) => plan.follow(phase),
+            Step::Evicted => return,
             Step::Due => {}
         }
         match plan.act() {
@@ -226,6 +242,7 @@ async fn serve<I, S, B>(
 enum Step {
     Ended(Result<(), Box<dyn Error + Send + Sync>>),
     News(News),
+    Evicted,
     Due,
 }
 

@@ -158,6 +158,7 @@ async fn slow(Extension(ending): Extension<Ending>) -> &'static str {
 
 const LIMITS: Limits = Limits {
     max_connections: 100,
+    evicts_idle: false,
     read_timeout: PATIENCE,
     max_age: None,
     overtime: OVERTIME,

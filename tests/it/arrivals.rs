@@ -140,9 +140,9 @@ async fn a_caller_that_goes_before_its_request_is_whole_has_cancelled_it() {
     assert_eq!(page.sum("requests_malformed_total", &[]), 0.0);
 }
 
-/// Its own deadline is not taken for its caller's departure.
+/// Its caller neither left nor waited for the service: no failure of the service's is recorded.
 #[tokio::test]
-async fn a_request_that_does_not_arrive_in_time_has_passed_its_deadline() {
+async fn a_request_that_does_not_arrive_by_its_deadline_is_its_callers_fault() {
     let server = Process::start("sqlite::memory:", &["--request-timeout", "300ms"]).await;
     let mut client = with_window(server.api, 65_535).await;
     let (answer, _stream) = client.send_request(head(), false).unwrap();
@@ -152,8 +152,14 @@ async fn a_request_that_does_not_arrive_in_time_has_passed_its_deadline() {
     let request = "POST /product HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
                    transfer-encoding: chunked\r\n\r\n4\r\n{\"pr\r\n";
     peer.write_all(request.as_bytes()).await.unwrap();
-    assert!(timeout(PATIENCE, response(&mut peer)).await.unwrap().starts_with("http/1.1 504 "));
-    scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 0.0).await;
+    assert!(timeout(PATIENCE, response(&mut peer)).await.unwrap().starts_with("http/1.1 408 "));
+    let page = scrape_until(server.admin, |page| page.sum("requests_in_flight", &[]) == 0.0).await;
+    for protocol in ["protocol=\"grpc\"", "protocol=\"http\""] {
+        assert_eq!(page.value("requests_malformed_total", &[protocol]), 1.0, "{protocol}");
+    }
+    let handled = ["grpc_method=\"Place\"", "grpc_code=\"DeadlineExceeded\""];
+    assert_eq!(page.value("grpc_server_handled_total", &handled), 1.0);
+    assert_eq!(page.sum("http_requests_total_with_path", &["code=\"504\""]), 0.0);
 }
 
 #[tokio::test]

@@ -195,6 +195,7 @@ async fn connections_that_wait_in_the_backlog_at_the_close_are_served() {
     phase.send_replace(Phase::Stopping);
     let limits = Limits {
         max_connections: 1000,
+        evicts_idle: false,
         read_timeout: PATIENCE,
         max_age: None,
         overtime: OVERTIME,

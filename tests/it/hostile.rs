@@ -203,7 +203,7 @@ async fn odd_spellings_are_problems_that_name_the_field() {
 async fn a_body_that_never_comes_holds_no_request_on_any_path() {
     let server = Process::start("sqlite::memory:", &["--request-timeout", "300ms"]).await;
     for (path, content_type, expected) in [
-        ("/product", "application/json", "http/1.1 504 "),
+        ("/product", "application/json", "http/1.1 408 "),
         ("/nowhere", "application/json", "http/1.1 404 "),
         ("/grpc.health.v1.Nothing/x", "application/json", "http/1.1 404 "),
         ("/grpc.health.v1.Health/Watch", "application/grpc", "grpc-status: 12"),

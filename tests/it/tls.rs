@@ -248,6 +248,7 @@ async fn a_certificate_that_changes_between_the_start_and_the_first_connection_i
     let routes = Router::new().route("/product", get(async || "served"));
     let limits = Limits {
         max_connections: 10,
+        evicts_idle: false,
         read_timeout: PATIENCE,
         max_age: None,
         overtime: OVERTIME,

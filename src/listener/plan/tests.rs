@@ -5,6 +5,7 @@ use crate::listener::{KEEP_ALIVE, MAX_STREAMS, OVERTIME};
 fn limits(max_age: Option<Duration>) -> Limits {
     Limits {
         max_connections: 1,
+        evicts_idle: false,
         read_timeout: Duration::from_secs(1000),
         max_age,
         overtime: OVERTIME,
