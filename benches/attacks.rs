@@ -3,7 +3,8 @@
 //! attack.
 //!
 //! `cargo bench --bench attacks [-- NAME…]`, with parts of the attacks' names. `CALLS` is another
-//! number of polite calls, `SERVICE` another build of the server.
+//! number of polite calls, `EVERY` another time between them in milliseconds, `SERVICE` another
+//! build of the server.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark that cannot go on has failed")]
 
@@ -29,7 +30,8 @@ fn main() {
 
 async fn attack() {
     let calls = env::var("CALLS").map_or(1000, |calls| calls.parse().unwrap());
-    let polite = Polite { calls, every: Duration::from_millis(100) };
+    let every = env::var("EVERY").map_or(100, |every| every.parse().unwrap());
+    let polite = Polite { calls, every: Duration::from_millis(every) };
     let service = env::var("SERVICE").ok();
     let names: Vec<_> = env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     println!("{calls} polite calls; the bar is a peak of {} MiB and none lost\n", MAX_BYTES >> 20);
