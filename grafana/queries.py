@@ -23,12 +23,16 @@ KEDA = 'scaledObject="order-service", metric=~"s0-.+"'
 # `Internal` blames the service unless the request was malformed, see `internal_faults`.
 GRPC_FAULTS = "Unknown|ResourceExhausted|Unavailable|DataLoss"
 
-# Every new order of the last five minutes, those of replicas younger than that included: `increase`
-# never counts what a series is born with.
+# The new orders of the last five minutes, those of replicas younger than that included, as an integer:
+# see docs/scaling.md.
 EXACT = f"""\
 sum(
-  ((last_over_time(product_order_total{{{WHOLE}}}[5m]) unless product_order_total{{{WHOLE}}} offset 5m)
-    and on (job, instance) (last_over_time(process_start_time_seconds{{{WHOLE}}}[5m]) > time() - 300))
+  (
+    last_over_time(product_order_total{{{WHOLE}}}[5m]) + max_over_time(product_order_total{{{WHOLE}}}[315s]) * resets(product_order_total{{{WHOLE}}}[315s])
+    - (last_over_time(product_order_total{{{WHOLE}}}[15s] offset 5m) or 0 * (min_over_time(process_start_time_seconds{{{WHOLE}}}[5m]) > time() - 315))
+    and resets(product_order_total{{{WHOLE}}}[315s]) == (last_over_time(product_order_total{{{WHOLE}}}[5m]) < bool max_over_time(product_order_total{{{WHOLE}}}[315s]))
+    unless resets(product_order_total{{{WHOLE}}}[15s] offset 5m) > 0
+  )
   or increase(product_order_total{{{WHOLE}}}[5m])
 )"""
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the real clients and servers that the tests use, where they are missing: Debian packages
-# with apt (as root, or by sudo), grpcurl and steady/ with Go. Usage: install-tools.sh DIRECTORY
+# with apt (as root, or by sudo), grpcurl, steady/ and promql3/ with Go. Usage: install-tools.sh DIRECTORY
 set -euo pipefail
 
 GRPCURL=v1.9.3
@@ -55,7 +55,9 @@ fi
 [ -x "$tools/bin/kustomize" ] ||
   GOBIN="$tools/bin" "$go" install "sigs.k8s.io/kustomize/kustomize/v5@$KUSTOMIZE"
 # Always, so that a change of the source is not missed; Go builds only what changed.
-"$go" build -C "$(dirname "$0")/steady" -o "$tools/bin/steady" .
+for program in steady promql3; do
+  "$go" build -C "$(dirname "$0")/$program" -o "$tools/bin/$program" .
+done
 
 # The dashboard's types, each version in a folder of its own: they import themselves by one name.
 for version in "${GRAFANA_SCHEMA[@]}"; do

@@ -288,14 +288,21 @@ async fn the_numbers_of_the_autoscaler_agree_with_the_deployment() {
     assert_eq!(*threshold, 0.6 * setting("ORDER_MAX_IN_FLIGHT"));
     assert_eq!(in_flight, r#"sum(requests_in_flight{namespace="orders",job="order-service"})"#);
 
-    // A window of at least four scrapes, and everywhere the same.
+    // A window of at least four scrapes and, before it, three, everywhere the same.
     let scrape = &yaml("prometheus/values.yaml")["scrapeConfigs"]["order-service"];
     let interval = seconds(scrape["scrape_interval"].as_str().unwrap());
     let window = exact.split_once('[').unwrap().1.split_once(']').unwrap().0;
     assert!(seconds(window) >= 4 * interval);
-    assert_eq!(exact.matches(&format!("[{window}]")).count(), 3);
-    assert_eq!(exact.matches(&format!("offset {window}")).count(), 1);
-    assert_eq!(exact.matches(&format!("time() - {}", seconds(window))).count(), 1);
+    let before = 3 * interval;
+    let both = seconds(window) + before;
+    for (part, count) in [
+        (format!("[{window}]"), 4),
+        (format!("[{before}s] offset {window}"), 2),
+        (format!("[{both}s]"), 4),
+        (format!("time() - {both})"), 1),
+    ] {
+        assert_eq!(exact.matches(&part).count(), count, "{part}");
+    }
 
     // docs/database.md: a replica and the one more of a roll-out may hold twice their pools while the
     // database is slow. PostgreSQL's default of 100 connections has three reserved and one for oneself.
