@@ -38,7 +38,7 @@ RUN find build.rs proto migrations src -exec touch {} + \
     && cp target/release/order-service target/release/order-load /out/
 
 # No shell, no package manager; the C library, CA certificates and the user `nonroot`, 65532.
-FROM gcr.io/distroless/cc-debian12:nonroot
+FROM gcr.io/distroless/cc-debian13:nonroot
 ARG ORDER_SERVICE_VERSION=0.1.0
 ARG ORDER_SERVICE_REVISION=unknown
 LABEL org.opencontainers.image.title="order-service" \

@@ -259,7 +259,7 @@ async fn the_compose_file_follows_its_schema_and_ours() {
     let ours = ["--schemafile", "tests/compose.schema.json"];
     schema(&ours, &compose).await.unwrap();
     for (right, wrong) in [
-        ("grafana:12.1.1", "grafana:latest"),
+        ("grafana:13.2.3", "grafana:latest"),
         ("127.0.0.1:3000:3000", "3000:3000"),
         ("POSTGRES_PASSWORD: ${POSTGRES_PASSWORD:?set it in .env}", "POSTGRES_PASSWORD: orders"),
         ("orders:${POSTGRES_PASSWORD:?set it in .env}@", "orders:orders@"),
