@@ -24,7 +24,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("kube_pod_status_ready", &["condition"]),
     ("kube_pod_container_status_restarts_total", &["container"]),
     ("keda_scaler_metrics_value", &["exported_namespace", "scaledObject", "scaler", "metric"]),
-    ("keda_scaler_detail_errors_total", &["scaledObject", "scaler", "metric"]),
+    ("keda_scaled_object_errors_total", &["scaledObject"]),
 ];
 
 /// What the scrape adds to every series.
