@@ -115,7 +115,7 @@ def calls():
     http_callers = total(rate(HTTP, 'code=~"4.."'))
     malformed = total(rate("requests_malformed_total"))
     quantiles = []
-    for percent in (50, 90, 99):
+    for percent in (99, 90, 50):
         q = percent / 100
         quantiles += [
             (f"p{percent} gRPC {{{{grpc_method}}}}",
@@ -133,7 +133,7 @@ def calls():
             ("gRPC {{grpc_method}} {{grpc_code}}",
              f"{total(rate(GRPC), 'grpc_method, grpc_code')} > 0"),
             ("{{method}} {{url}} {{code}}", f"{total(rate(HTTP), 'method, url, code')} > 0"),
-            width=12, height=10, custom=STACKED, table=True,
+            width=12, height=10, custom=STACKED, table="bottom",
         ),
         panel(
             "Error ratio", "percentunit",
@@ -143,7 +143,7 @@ def calls():
             ("the service's fault", ratio(f"({grpc_faults} + {http_faults})", ALL_CALLS)),
             ("the caller's", ratio(f"({grpc_failed} - {grpc_faults} + {http_callers})", ALL_CALLS)),
             ("malformed", ratio(malformed, ALL_CALLS)),
-            width=12, height=10, limits=[(0.001, YELLOW), (0.01, RED)], max=1,
+            width=12, height=10, limits=[(0.001, YELLOW), (0.01, RED)], up_to=0.02,
             overrides=[
                 colour("the service's fault", RED), colour("the caller's", GREY),
                 dashed("malformed", PURPLE),
@@ -154,8 +154,8 @@ def calls():
             "Median, 90th and 99th percentile of the time from arrival to the end of the response, over "
             "all replicas. Methods without calls are not shown.",
             *quantiles,
-            width=12, height=10, table=True, limits=[(0.5, YELLOW), (1, RED)],
-            custom={"fillOpacity": 0},
+            width=12, height=10, table="right", limits=[(0.5, YELLOW), (1, RED)],
+            custom={"fillOpacity": 0}, up_to=0.01,
         ),
         heatmap(
             "Latency heatmap", "s",
@@ -185,7 +185,7 @@ def saturation():
             "Requests refused at once: too many in flight, the store's queue full, or all of its readers "
             "busy. For long: raise the maximum of replicas, or look at the database.",
             ("{{protocol}} {{reason}}", total(rate("requests_shed_total"), "protocol, reason")),
-            width=6, limits=[(1, RED)],
+            width=6, limits=[(1, RED)], up_to=2,
         ),
         panel(
             "Connections", "short",
@@ -213,7 +213,7 @@ def saturation():
             "Store queue", "short",
             "Orders that wait for a writer, by replica; at 4096 further ones are shed.",
             ("{{replica}}", by_replica(gauge("order_store_queue_orders"), "max")),
-            width=6, limits=[(1024, YELLOW), (4096, RED)],
+            width=6, limits=[(1024, YELLOW), (4096, RED)], up_to=10,
         ),
         panel(
             "Batch size", "short",
@@ -234,7 +234,7 @@ def saturation():
             "Failed attempts to commit a batch, by kind. Conflicts are retried and harmless; `full` "
             "and a lasting `unavailable` are not.",
             ("{{kind}}", total(rate("order_store_errors_total"), "kind")),
-            width=6, limits=[(1, RED)],
+            width=6, limits=[(1, RED)], up_to=2,
         ),
     ]
 
@@ -272,14 +272,14 @@ def process():
             "Log lines that were lost, by replica: the log could not be written, or not fast enough. "
             "No request waits for it.",
             ("{{replica}}", by_replica(rate("log_lines_dropped_total"))),
-            width=6, limits=[(1, YELLOW)],
+            width=6, limits=[(1, YELLOW)], up_to=2,
         ),
         panel(
             "Restarts", "none",
             "In the last 5 minutes: processes that began anew in their place, as Prometheus saw it; and "
             "restarts of containers as Kubernetes counts them, those that never served included (needs kube-state-metrics).",
             ("seen by Prometheus", total(in_place)), ("counted by Kubernetes", total(restarts)),
-            width=6, limits=[(1, RED)], custom={"drawStyle": "bars", "fillOpacity": 60}, decimals=0,
+            width=6, limits=[(1, RED)], custom={"drawStyle": "bars", "fillOpacity": 60}, decimals=0, up_to=2,
             overrides=[colour("seen by Prometheus", ORANGE), colour("counted by Kubernetes", RED)],
         ),
         panel(
@@ -315,6 +315,8 @@ def dashboard():
     ]
     return {
         "title": "Order service",
+        # Its address stays, and an import overwrites what was imported before.
+        "uid": "order-service",
         "description": "Orders, the replicas that KEDA runs for them, and how well they are served.",
         "tags": ["order-service"],
         "schemaVersion": 39,

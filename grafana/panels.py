@@ -7,7 +7,8 @@ GREEN, YELLOW, ORANGE, RED, BLUE, PURPLE, GREY = (
 )
 
 LINE = {"drawStyle": "line", "lineWidth": 2, "fillOpacity": 10, "showPoints": "never", "spanNulls": False}
-STACKED = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 60, "lineWidth": 1}
+# Without an outline, which a stacked zero would draw on top of the others.
+STACKED = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 60, "lineWidth": 0}
 STEPS = {"lineInterpolation": "stepAfter", "fillOpacity": 0}
 
 
@@ -32,9 +33,10 @@ def dashed(name, fixed=GREY):
 
 
 def panel(title, unit, description, *targets, width=8, height=8, limits=(), custom=None, overrides=(),
-          table=False, **defaults):
+          table=None, up_to=None, **defaults):
     """A graph over time. `targets` are pairs of legend and query; `limits` are pairs of a value and
-    the colour from it on."""
+    the colour from it on; `table` is where a legend with numbers stands; `up_to` is what the axis
+    shows at least: without it a graph of zeros has an axis up to 100."""
     steps = [{"color": GREEN, "value": None}]
     steps += [{"color": shade, "value": value} for value, shade in limits]
     shown = "line" if limits else "off"
@@ -52,7 +54,12 @@ def panel(title, unit, description, *targets, width=8, height=8, limits=(), cust
                 **defaults,
                 "color": {"mode": "palette-classic"},
                 "thresholds": {"mode": "absolute", "steps": steps},
-                "custom": {**LINE, **(custom or {}), "thresholdsStyle": {"mode": shown}},
+                "custom": {
+                    **LINE,
+                    **(custom or {}),
+                    **({"axisSoftMax": up_to} if up_to is not None else {}),
+                    "thresholdsStyle": {"mode": shown},
+                },
             },
             "overrides": list(overrides),
         },
@@ -60,8 +67,10 @@ def panel(title, unit, description, *targets, width=8, height=8, limits=(), cust
             "legend": {
                 "showLegend": True,
                 "displayMode": "table" if table else "list",
-                "placement": "bottom",
-                "calcs": ["lastNotNull", "max"] if table else [],
+                "placement": table or "bottom",
+                # `last`: a series that has ended shows nothing, where `lastNotNull` shows its past.
+                "calcs": ["last", "max"] if table else [],
+                **({"sortBy": "Max", "sortDesc": True} if table else {}),
             },
             "tooltip": {"mode": "multi", "sort": "desc"},
         },

@@ -74,9 +74,10 @@ def total(vector, by=""):
 
 
 def replica(vector):
-    """The vector with a label `replica`: the pod's name or, without one, the address."""
+    """The vector with a label `replica`: the end of the pod's name, by which the pods of a Deployment
+    differ, or the whole name or, without one, the address."""
     by_address = f'label_replace({vector}, "replica", "$1", "instance", "(.+)")'
-    return f'label_replace({by_address}, "replica", "$1", "pod", "(.+)")'
+    return f'label_replace({by_address}, "replica", "$1", "pod", "(?:.+-)?(.+)")'
 
 
 def by_replica(vector, function="sum"):

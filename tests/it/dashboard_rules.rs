@@ -86,13 +86,15 @@ fn it_imports_into_any_grafana_as_it_stands() {
     assert_eq!(dashboard["title"], "Order service");
     assert!(dashboard["schemaVersion"].as_u64().unwrap() >= 39);
     // An import asks for `__inputs`, provisioning does not; an id belongs to one Grafana's database.
-    for absent in ["__inputs", "__requires", "id", "uid", "version"] {
+    for absent in ["__inputs", "__requires", "id", "version"] {
         assert!(dashboard.get(absent).is_none(), "{absent}");
     }
+    // Its address in every Grafana, and what makes a second import overwrite the first.
+    assert_eq!(dashboard["uid"], "order-service");
     let file = fs::read_to_string("grafana/dashboard.json").unwrap();
     let uids = Regex::new(r#""uid": "([^"]*)""#).unwrap();
     let uids: BTreeSet<_> = uids.captures_iter(&file).map(|uid| uid[1].to_owned()).collect();
-    assert_eq!(uids, BTreeSet::from(["${datasource}".to_owned()]));
+    assert_eq!(uids, BTreeSet::from(["${datasource}", "order-service"].map(str::to_owned)));
 }
 
 #[test]
