@@ -225,6 +225,38 @@ async fn a_new_address_of_the_name_gets_its_share_and_one_that_refuses_harms_nob
     assert_eq!(loaded.phase(0)["served_by"].as_object().unwrap().len(), 2);
 }
 
+/// Ten connections cannot be divided by seven: three addresses have two.
+#[tokio::test]
+#[ignore = "needs mount namespaces (unshare); run by make test"]
+async fn seven_addresses_have_equal_shares_of_the_calls_on_ten_connections() {
+    let mut servers = vec![Process::start("sqlite::memory:", &[]).await];
+    let port = servers[0].api.port();
+    let mut names = "127.0.0.1 orders.test\n".to_owned();
+    for host in 2..=7 {
+        let listen = format!("127.0.0.{host}:{port}");
+        servers.push(Process::start("sqlite::memory:", &["--listen", &listen]).await);
+        names += &format!("127.0.0.{host} orders.test\n");
+    }
+    let hosts = tempfile::NamedTempFile::new().unwrap();
+    fs::write(hosts.path(), names).unwrap();
+    for protocol in PROTOCOLS {
+        let mut command = Command::new("unshare");
+        let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+        command.args(["--map-root-user", "--mount", "sh", "-c", script]).arg(hosts.path());
+        command.arg(env!("CARGO_BIN_EXE_order-load"));
+        let target = format!("http://orders.test:{port}");
+        let args = ["--target", &target, "--protocol", protocol, "--connections", "10"];
+        let args = [&args[..], &["--phases", "3s@140"]].concat();
+        let loaded = Loading::start_command(command, &args).ended().await;
+        loaded.all_well();
+        let served_by = loaded.phase(0)["served_by"].as_object().unwrap();
+        assert_eq!(served_by.len(), 7, "{served_by:?}");
+        for orders in served_by.values() {
+            assert!((54..=66).contains(&orders.as_u64().unwrap()), "{served_by:?}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn connections_that_are_asked_to_go_cost_no_order() {
     let server = Process::start("sqlite::memory:", &["--max-connection-age", "200ms"]).await;

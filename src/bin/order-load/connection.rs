@@ -5,7 +5,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{
-        OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -133,7 +133,10 @@ impl Sender {
 pub struct Connection {
     pub number: u64,
     pub address: SocketAddr,
+    /// Calls in flight.
     pub in_flight: AtomicUsize,
+    /// The same of all connections to this address.
+    pub address_in_flight: Arc<AtomicUsize>,
     /// Whether it stands among those that can take a call.
     pub in_ring: AtomicBool,
     leaving: AtomicBool,
@@ -144,17 +147,34 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub fn new(number: u64, address: SocketAddr, events: UnboundedSender<Event>) -> Self {
+    pub fn new(
+        number: u64,
+        address: SocketAddr,
+        address_in_flight: Arc<AtomicUsize>,
+        events: UnboundedSender<Event>,
+    ) -> Self {
         Self {
             number,
             address,
             in_flight: AtomicUsize::new(0),
+            address_in_flight,
             in_ring: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             answers: AtomicU64::new(0),
             events,
             cause: OnceLock::new(),
         }
+    }
+
+    /// Counts a call. Returns how many are in flight with it.
+    pub fn begin_call(&self) -> usize {
+        self.address_in_flight.fetch_add(1, Ordering::Relaxed);
+        self.in_flight.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub fn end_call(&self) {
+        self.address_in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// How many calls it has answered.

@@ -126,8 +126,9 @@ impl Keeper {
         let number = self.opened;
         self.opened += 1;
         let (target, shared) = (self.target.clone(), self.shared.clone());
+        let in_flight = self.peer(address).in_flight.clone();
         tokio::spawn(async move {
-            let connection = Connection::new(number, address, shared.events.clone());
+            let connection = Connection::new(number, address, in_flight, shared.events.clone());
             let event = match open(&target, address).await {
                 Ok((sender, driver)) => Event::Opened(Arc::new(connection), sender, driver),
                 Err(cause) => Event::Refused(address, cause),

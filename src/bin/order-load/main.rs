@@ -2,8 +2,8 @@
 //! them, and on request audits that none was lost, doubled or altered.
 //!
 //! - [`args`]: the flags; [`schedule`]: from phases to the moment of each order;
-//! - [`target`], [`tls`], [`connection`], [`pool`], [`keeper`], [`spread`]: connections, spread
-//!   over every address of the target's name;
+//! - [`target`], [`tls`], [`connection`], [`pool`], [`ring`], [`keeper`], [`spread`]: connections,
+//!   spread over every address of the target's name;
 //! - [`call`], [`grpc`], [`rest`]: one call in either protocol;
 //! - [`sender`]: sends each order at its moment, and again if it may have been lost;
 //! - [`recorder`], [`progress`], [`report`]: what came of it, meanwhile and at the end;
@@ -26,6 +26,7 @@ mod progress;
 mod recorder;
 mod report;
 mod rest;
+mod ring;
 mod schedule;
 mod sender;
 mod spread;

@@ -3,12 +3,9 @@
 //! tonic's balanced channel would do neither as a test needs it: it hides calls that were lost, and
 //! keeps addresses that refuse.
 
-use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use tokio::{
@@ -19,6 +16,7 @@ use tokio::{
 use crate::{
     connection::{Connection, Sender},
     keeper::{Event, Keeper},
+    ring::{Entry, Ring},
     target::Target,
 };
 
@@ -34,8 +32,7 @@ pub struct Pool {
 /// What the users of the pool share with its [`Keeper`].
 #[derive(Debug)]
 pub struct Shared {
-    /// Connections that can take a call, the longest unused first: so all get their share.
-    ring: Mutex<VecDeque<Entry>>,
+    ring: Mutex<Ring>,
     freed: Notify,
     pub state: watch::Sender<State>,
     /// Whether connections closed for want of calls stay closed until there is one.
@@ -56,12 +53,6 @@ pub struct State {
     since: Option<Instant>,
     /// Whether an attempt at one failed.
     failed: bool,
-}
-
-#[derive(Debug)]
-struct Entry {
-    connection: Arc<Connection>,
-    sender: Sender,
 }
 
 impl Pool {
@@ -111,7 +102,7 @@ impl Pool {
             self.shared.tell(Event::Wanted);
         }
         let mut ring = self.ring();
-        while let Some(entry) = ring.pop_front() {
+        while let Some(entry) = ring.pop() {
             if entry.connection.is_leaving() {
                 continue;
             }
@@ -119,13 +110,13 @@ impl Pool {
                 entry.connection.leave();
                 continue;
             }
-            let in_flight = entry.connection.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
+            let in_flight = entry.connection.begin_call();
             let connection = entry.connection.clone();
             let another =
                 if in_flight < entry.sender.capacity() { entry.sender.another() } else { None };
             let sender = match another {
                 Some(another) => {
-                    ring.push_back(entry);
+                    ring.push(entry);
                     another
                 }
                 None => {
@@ -164,7 +155,7 @@ impl Pool {
         trouble.unwrap_or_else(|| "no connection".to_owned())
     }
 
-    fn ring(&self) -> MutexGuard<'_, VecDeque<Entry>> {
+    fn ring(&self) -> MutexGuard<'_, Ring> {
         self.shared.ring()
     }
 }
@@ -185,7 +176,7 @@ impl Shared {
         });
     }
 
-    fn ring(&self) -> MutexGuard<'_, VecDeque<Entry>> {
+    fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -212,7 +203,7 @@ impl Shared {
     /// Puts a connection among those that can take a call.
     pub fn offer(&self, connection: Arc<Connection>, sender: Sender) {
         if !connection.is_leaving() && !connection.in_ring.swap(true, Ordering::Relaxed) {
-            self.ring().push_back(Entry { connection, sender });
+            self.ring().push(Entry { connection, sender });
             self.freed.notify_one();
         }
     }
@@ -267,7 +258,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.connection.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.connection.end_call();
         let Some(sender) = self.sender.take() else { return };
         if let Sender::Http1(sender) = &sender
             && !sender.is_ready()

@@ -1,6 +1,11 @@
 //! How many connections go to which address: as even as can be over those that accept.
 
-use std::{collections::HashMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -14,6 +19,8 @@ pub struct Peer {
     pub connections: usize,
     /// Of these the open ones.
     pub live: usize,
+    /// Calls in flight on them.
+    pub in_flight: Arc<AtomicUsize>,
     refusals: u32,
     retry_at: Option<Instant>,
 }

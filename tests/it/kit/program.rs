@@ -156,7 +156,7 @@ async fn the_load_job_calls_the_load_test_as_it_wants_to_be_called() {
     assert!(output.status.success(), "{output:?}");
     assert!(server.scrape().await.value("product_order_total", &[]) >= 1.0);
     let target = args.iter().find_map(|arg| arg.strip_prefix("--target=")).unwrap();
-    assert_eq!(target, "http://order-service.orders.svc:8181");
+    assert_eq!(target, "http://order-service-headless.orders.svc:8181");
 }
 
 #[tokio::test]
