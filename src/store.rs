@@ -101,7 +101,7 @@ impl Store {
             }
             DatabaseUrl::SqliteMemory => sqlite::Sqlite::open_memory().await.map(Engine::Sqlite),
             DatabaseUrl::Postgres(url) => {
-                postgres::Postgres::open(url.clone(), pool, &health).await.map(Engine::Postgres)
+                postgres::Postgres::open(url, pool, &health).await.map(Engine::Postgres)
             }
         };
         let engine = opened.map_err(|cause| OpenError { url: url.to_string(), cause })?;

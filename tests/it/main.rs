@@ -14,6 +14,7 @@ mod dashboard_rules;
 mod dashboard_values;
 mod database;
 mod database_start;
+mod database_urls;
 mod descriptors;
 mod discovery;
 mod disk_full;
