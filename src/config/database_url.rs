@@ -24,6 +24,14 @@ impl DatabaseUrl {
             Self::Postgres(_) => "postgres",
         }
     }
+
+    /// How many servers a login may try.
+    pub fn servers(&self) -> usize {
+        match self {
+            Self::SqliteFile(_) | Self::SqliteMemory => 0,
+            Self::Postgres(url) => url.servers().len(),
+        }
+    }
 }
 
 impl FromStr for DatabaseUrl {

@@ -1,8 +1,8 @@
-//! The URL of PostgreSQL servers, in libpq's forms (PostgreSQL, "Connection URIs"). What is not
-//! understood in full is refused, because an ignored parameter may be the one that asks for TLS.
+//! The URL of PostgreSQL servers, in libpq's forms (PostgreSQL, "Connection URIs"). An unknown
+//! parameter is refused, because it may be the one that asks for TLS.
 //!
-//! Depends on sqlx for the options of one connection. It parses before the log starts, because
-//! sqlx logs values that must not be seen, such as a malformed line of a password file.
+//! Depends on sqlx for the options of one connection. URLs must be parsed before the log starts: sqlx
+//! logs secrets while it parses, such as a malformed line of a password file.
 
 use std::{collections::BTreeMap, env, fmt, fs, os::unix::fs::PermissionsExt as _, path::Path};
 
@@ -15,8 +15,8 @@ use crate::usage::single_line;
 mod hosts;
 mod parameters;
 
-/// The servers of one database, which a login tries in turn. Neither `Debug` nor `Display` shows
-/// the value of a parameter or a password.
+/// The servers of one database. Neither `Debug` nor `Display` shows a password or the value of a
+/// parameter.
 #[derive(Clone)]
 pub struct PostgresUrl {
     servers: Vec<PostgresServer>,
@@ -27,28 +27,29 @@ pub struct PostgresUrl {
 /// One server of a URL.
 #[derive(Clone)]
 pub struct PostgresServer {
-    /// How an error names it: host and port, or its place in the list.
+    /// Its name in errors: host and port, or its number if a parameter gave the host.
     pub name: String,
-    /// How to connect to it.
+    /// The options of a connection to it.
     pub options: PgConnectOptions,
 }
 
-/// Which servers a login accepts: libpq's `target_session_attrs`, less those that only read.
+/// The servers that a login accepts: the values of libpq's `target_session_attrs` that permit
+/// writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TargetSession {
     /// Any server that accepts the login.
     Any,
-    /// One whose transactions may write.
+    /// A server whose transactions may write.
     ReadWrite,
-    /// One that is not in recovery.
+    /// A server that is not in recovery.
     Primary,
 }
 
 impl PostgresUrl {
-    /// Parses a URL; variables of libpq's in the environment fill in what it leaves out.
+    /// Parses a URL. libpq's environment variables apply to parts that the URL leaves out.
     ///
     /// # Errors
-    /// What is expected, without any value.
+    /// The expected form; never a value.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         Parts::split(text)?.resolve(without_password(text))
     }
@@ -58,7 +59,7 @@ impl PostgresUrl {
         &self.servers
     }
 
-    /// Which of them a login accepts.
+    /// The servers that a login accepts.
     pub fn target_session(&self) -> TargetSession {
         self.session
     }
@@ -90,7 +91,7 @@ struct Parts<'u> {
     hosts: &'u str,
     /// By their libpq names; user, password and database among them.
     values: BTreeMap<&'static str, String>,
-    /// Each given by `options[NAME]`.
+    /// Names and values of `options[NAME]`.
     settings: Vec<(String, String)>,
 }
 
@@ -99,7 +100,7 @@ impl<'u> Parts<'u> {
         let rest = text.split_once("://").map_or(text, |(_, rest)| rest);
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
-        // An `@` behind the authority ends a password that holds `/` or `?` unencoded.
+        // An `@` after the authority is a sign of a password with an unencoded `/`.
         let misread = text.contains('#') || database.contains('@');
         if misread {
             return Err(FORM.to_owned());
@@ -137,7 +138,7 @@ impl<'u> Parts<'u> {
             let setting = name.strip_prefix("options[");
             let known = match setting {
                 Some(_) => "options",
-                // An `@` may end a password that holds `?` unencoded: nothing of it is quoted.
+                // An `@` is a sign of a password with an unencoded `?`, which must not be quoted.
                 None if query.contains('@') => name_of(&name).map_err(|_| FORM)?,
                 None => name_of(&name)?,
             };
@@ -168,7 +169,7 @@ impl<'u> Parts<'u> {
             ("target_session_attrs", "PGTARGETSESSIONATTRS"),
         ] {
             if !self.values.contains_key(name)
-                && let Some(value) = variable_of(variable)?
+                && let Some(value) = env_value(variable)?
             {
                 self.values.insert(name, value);
             }
@@ -193,33 +194,37 @@ impl<'u> Parts<'u> {
         Ok(PostgresUrl { servers: servers.collect::<Result<_, _>>()?, session, shown })
     }
 
-    /// The mode, and what else has to be known of TLS before there is a server.
+    /// Checks the TLS parameters and returns the mode.
     fn tls(&mut self) -> Result<PgSslMode, String> {
         const EXPECTED: &str = "disable, allow, prefer, require, verify-ca or verify-full for \
                                 sslmode (PGSSLMODE)";
         let mode = self.values.remove("sslmode");
         let mode: Option<PgSslMode> =
             mode.map(|mode| mode.parse().map_err(|_| EXPECTED)).transpose()?;
-        if self.values.contains_key("sslcert") != self.values.contains_key("sslkey") {
+        // sqlx reads these variables, which may hold a whole certificate.
+        let has = |name: &str, variable: &str| {
+            let set = env::var_os(variable).is_some_and(|value| !value.is_empty());
+            set || self.values.contains_key(name)
+        };
+        let has_root = has("sslrootcert", "PGSSLROOTCERT");
+        if has("sslcert", "PGSSLCERT") != has("sslkey", "PGSSLKEY") {
             return Err("sslcert and sslkey together".to_owned());
         }
         let system = self.values.get("sslrootcert").is_some_and(|file| file == "system");
         match mode {
-            // The system's authorities are accepted in any case.
+            // sqlx always accepts the authorities of the system.
             None | Some(PgSslMode::VerifyFull) if system => {
                 self.values.remove("sslrootcert");
                 Ok(PgSslMode::VerifyFull)
             }
             _ if system => Err("sslmode=verify-full with sslrootcert=system".to_owned()),
-            // As in libpq: whoever names an authority wants it asked.
-            Some(PgSslMode::Require) if self.values.contains_key("sslrootcert") => {
-                Ok(PgSslMode::VerifyCa)
-            }
+            // As in libpq, a root certificate makes `require` verify the chain.
+            Some(PgSslMode::Require) if has_root => Ok(PgSslMode::VerifyCa),
             mode => Ok(mode.unwrap_or_default()),
         }
     }
 
-    /// By a URL of its own for each server, which is sqlx's one way to look into a password file.
+    /// Makes a URL for one server, because sqlx reads a password file only for a URL.
     fn options(&self, server: Server, tls: PgSslMode) -> Result<PostgresServer, String> {
         let Server { host, port, name } = server;
         let mut query = form_urlencoded::Serializer::new(String::new());
@@ -230,16 +235,16 @@ impl<'u> Parts<'u> {
         }
         let options: PgConnectOptions =
             format!("postgres:///?{}", query.finish()).parse().map_err(|_| {
-                // Only one of those that are passed on can be malformed.
+                // Every other value has been checked.
                 "a whole number for statement-cache-capacity".to_owned()
             })?;
-        // As in libpq: a socket is of this machine and speaks no TLS.
+        // As in libpq, a Unix socket has no TLS.
         let tls = if options.get_socket().is_some() { PgSslMode::Disable } else { tls };
         Ok(PostgresServer { name, options: options.ssl_mode(tls) })
     }
 }
 
-/// What stands for something else than a password holds no control character.
+/// Decodes a part other than a password, which may not contain control characters.
 fn plain(text: &str, part: &str) -> Result<String, String> {
     let text = decode(text).ok_or(FORM)?;
     if text.contains(char::is_control) {
@@ -248,7 +253,7 @@ fn plain(text: &str, part: &str) -> Result<String, String> {
     Ok(text)
 }
 
-/// As libpq: a `+` is a `+`, and NUL is refused.
+/// Decodes as libpq does: `+` stays, NUL and incomplete escapes are refused.
 fn decode(text: &str) -> Option<String> {
     let mut decoded = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
@@ -264,15 +269,15 @@ fn decode(text: &str) -> Option<String> {
     String::from_utf8(decoded).ok().filter(|text| !text.contains('\0'))
 }
 
-/// A variable of the environment that is set and not empty.
-fn variable_of(name: &str) -> Result<Option<String>, String> {
+/// Reads an environment variable, unless it is empty.
+fn env_value(name: &str) -> Result<Option<String>, String> {
     let Some(value) = env::var_os(name) else { return Ok(None) };
     let value = value.to_str().and_then(|value| single_line(value).ok());
     let value = value.ok_or_else(|| format!("{name} in UTF-8 without control characters"))?;
     Ok(Some(value.to_owned()).filter(|value| !value.is_empty()))
 }
 
-/// sqlx passes over a file that others may read, and says so where nobody sees it.
+/// sqlx ignores a file that others may read, with a warning that is lost before the log starts.
 fn check_password_file() -> Result<(), String> {
     let Some(path) = env::var_os("PGPASSFILE").filter(|path| !path.is_empty()) else {
         return Ok(());
@@ -280,6 +285,6 @@ fn check_password_file() -> Result<(), String> {
     let mode = fs::metadata(Path::new(&path)).map(|file| file.permissions().mode());
     match mode {
         Ok(mode) if mode & 0o077 == 0 => Ok(()),
-        _ => Err("PGPASSFILE to name a file that its owner alone may use".to_owned()),
+        _ => Err("PGPASSFILE to be the path of a file that only its owner may access".to_owned()),
     }
 }

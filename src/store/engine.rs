@@ -98,7 +98,7 @@ pub(super) struct Failure {
     pub(super) outcome_unknown: bool,
     /// Whether it is a read that was in line for all of its time, and never came to the database.
     pub(super) had_no_turn: bool,
-    /// Whether the server of that connection takes no writes, so that another one is to be used.
+    /// Whether the server takes no writes, so that the next attempt must use another server.
     pub(super) read_only: bool,
     pub(super) cause: String,
 }

@@ -71,8 +71,7 @@ impl Postgres {
         let servers = Servers::new(url);
         // Without the time limits: a migration of a large table takes what it takes.
         opening::wait_until_ready(&servers, health).await?;
-        let servers =
-            servers.map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]));
+        let servers = servers.map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]));
         Ok(Self { connections: Connections::new(servers, pool, WRITERS) })
     }
 

@@ -248,6 +248,19 @@ async fn the_value_of_no_parameter_is_in_a_log_line_of_any_level() {
         assert!(!output.status.success() && !stderr.is_empty());
         assert!(!stderr.contains("S3CRET"), "{url}: {stderr}");
     }
+    // Nor of one that serves.
+    let url =
+        format!("{}?application_name=S3CRET&options[search_path]=S3CRET,public", server.url());
+    let service = Process::start_command(&url, &[], |command| {
+        without_pg(command);
+        command.env("RUST_LOG", "trace");
+    });
+    let mut service = service.await;
+    let request = PlaceRequest { product_id: "book".into(), ..Default::default() };
+    service.grpc().await.place(request).await.unwrap();
+    service.signal(rustix::process::Signal::TERM);
+    assert_eq!(service.exited().await.code(), Some(0));
+    assert!(!format!("{:?}", service.log()).contains("S3CRET"));
 }
 
 #[tokio::test]

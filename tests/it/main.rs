@@ -50,6 +50,7 @@ mod prune;
 mod read_overload;
 mod readme;
 mod replicas;
+mod several_hosts;
 mod shared_database;
 mod signals;
 mod slow_reads;

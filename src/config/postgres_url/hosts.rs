@@ -5,26 +5,26 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use super::{FORM, plain, variable_of};
+use super::{FORM, env_value, plain};
 
-/// Where a server is looked for that nothing names: Debian's sockets, PostgreSQL's own, and TCP.
+/// Tried in turn where no host is given: Debian's socket, PostgreSQL's own, and TCP.
 const DEFAULT_HOSTS: [&str; 3] = ["/var/run/postgresql", "/tmp", "localhost"];
 const DEFAULT_PORT: u16 = 5432;
 
-/// Servers beyond that are a mistake.
-const MOST: usize = 32;
+/// Limit of the list.
+const MAX_HOSTS: usize = 32;
 
 /// One server.
 pub(super) struct Server {
-    /// A name, an address without brackets, or the directory of a socket.
+    /// A name, an address without brackets, or the directory of a Unix socket.
     pub(super) host: String,
     pub(super) port: u16,
-    /// How an error names it.
+    /// Its name in errors.
     pub(super) name: String,
 }
 
-/// The servers that the authority, the parameters `host`, `hostaddr` and `port`, or the environment
-/// name; takes the parameters out. As in libpq the parameters win over the authority.
+/// Combines the authority, the parameters `host`, `hostaddr` and `port`, which it removes, and the
+/// environment. As in libpq, parameters override the authority.
 pub(super) fn servers(
     authority: &str,
     values: &mut BTreeMap<&'static str, String>,
@@ -37,7 +37,7 @@ pub(super) fn servers(
         ports.push(port.to_owned());
     }
     let mut given = match values.remove("hostaddr") {
-        // The name is of no use where there is an address.
+        // An address makes the name redundant.
         Some(addresses) => {
             values.remove("host");
             Some(all_addresses(addresses, "hostaddr")?)
@@ -45,26 +45,26 @@ pub(super) fn servers(
         None => values.remove("host"),
     };
     if given.is_none() && hosts == [""] {
-        given = match variable_of("PGHOSTADDR")? {
+        given = match env_value("PGHOSTADDR")? {
             Some(addresses) => Some(all_addresses(addresses, "PGHOSTADDR")?),
-            None => variable_of("PGHOST")?,
+            None => env_value("PGHOST")?,
         };
     }
-    // What a parameter names is not for the log.
+    // The value of a parameter must not be logged.
     let shown = given.is_none();
     if let Some(given) = given {
         hosts = given.split(',').map(str::to_owned).collect();
     }
     let ports_in_url = values.remove("port");
     let ports_elsewhere = match &ports_in_url {
-        None if ports.iter().all(String::is_empty) => variable_of("PGPORT")?,
+        None if ports.iter().all(String::is_empty) => env_value("PGPORT")?,
         _ => None,
     };
     if let Some(given) = ports_in_url.or(ports_elsewhere) {
         ports = given.split(',').map(str::to_owned).collect();
     }
-    if ports.len() > 1 && ports.len() != hosts.len() || hosts.len() > MOST {
-        return Err(format!("one port (PGPORT), or one for each of at most {MOST} hosts"));
+    if ports.len() > 1 && ports.len() != hosts.len() || hosts.len() > MAX_HOSTS {
+        return Err(format!("one port (PGPORT), or one for each of at most {MAX_HOSTS} hosts"));
     }
 
     let mut servers = Vec::new();
@@ -113,7 +113,7 @@ fn host_and_port(piece: &str) -> Result<(String, &str), String> {
     Ok((host, port))
 }
 
-/// The scope, as in `fe80::1%eth0`, is the system's to understand.
+/// Accepts a scope, as in `fe80::1%eth0`, which the system checks.
 fn is_ipv6(host: &str) -> bool {
     let (address, _) = host.split_once('%').unwrap_or((host, ""));
     address.parse::<Ipv6Addr>().is_ok()

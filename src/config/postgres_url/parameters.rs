@@ -1,9 +1,9 @@
-//! The names of a URL's parameters: those that are understood, and the nearest for any other.
+//! The names of the URL's parameters, and the nearest known name for an unknown one.
 
-use super::variable_of;
+use super::env_value;
 
-/// Every spelling that is understood, and libpq's name of it.
-const UNDERSTOOD: [(&str, &str); 19] = [
+/// Each accepted spelling, and libpq's name for it.
+const KNOWN: [(&str, &str); 19] = [
     ("application_name", "application_name"),
     ("dbname", "dbname"),
     ("host", "host"),
@@ -26,8 +26,8 @@ const UNDERSTOOD: [(&str, &str); 19] = [
     ("ssl-root-cert", "sslrootcert"),
 ];
 
-/// Of libpq and of other drivers: what serves the same end here, where the spelling does not tell.
-const ELSEWHERE: [(&str, &str); 12] = [
+/// Parameters of libpq and of other drivers whose nearest name is not a matter of spelling.
+const FOREIGN: [(&str, &str); 12] = [
     ("ssl", "sslmode"),
     ("tls", "sslmode"),
     ("requiressl", "sslmode"),
@@ -42,16 +42,14 @@ const ELSEWHERE: [(&str, &str); 12] = [
     ("currentschema", "options"),
 ];
 
-/// Variables of libpq that may ask for more safety than there is. Values that ask for none are
-/// accepted.
-const IN_VAIN: [&str; 12] = [
+/// Environment variables of libpq that may require a security feature which does not exist here.
+const UNSUPPORTED_VARIABLES: [&str; 11] = [
     "PGCHANNELBINDING",
     "PGGSSENCMODE",
     "PGREQUIREAUTH",
     "PGREQUIREPEER",
     "PGREQUIRESSL",
     "PGSERVICE",
-    "PGSERVICEFILE",
     "PGSSLCERTMODE",
     "PGSSLCRL",
     "PGSSLCRLDIR",
@@ -59,38 +57,38 @@ const IN_VAIN: [&str; 12] = [
     "PGSSLMINPROTOCOLVERSION",
 ];
 
-/// libpq's name of a parameter.
+/// Returns libpq's name of a parameter.
 pub(super) fn name_of(name: &str) -> Result<&'static str, String> {
-    if let Some((_, known)) = UNDERSTOOD.iter().find(|(spelling, _)| *spelling == name) {
+    if let Some((_, known)) = KNOWN.iter().find(|(spelling, _)| *spelling == name) {
         return Ok(known);
     }
     let near = name.to_ascii_lowercase();
-    let elsewhere = ELSEWHERE.iter().find(|(other, _)| *other == near);
-    let nearest = elsewhere.or_else(|| {
+    let foreign = FOREIGN.iter().find(|(other, _)| *other == near);
+    let nearest = foreign.or_else(|| {
         let distance = |(spelling, _): &&(&str, &str)| distance(&near, spelling);
-        let nearest = UNDERSTOOD.iter().min_by_key(distance);
+        let nearest = KNOWN.iter().min_by_key(distance);
         nearest.filter(|(spelling, _)| is_a_slip(&near, spelling))
     });
     Err(match nearest {
         Some((_, nearest)) => format!("no parameter {name:?}; the nearest is {nearest:?}"),
         None => {
-            let known = UNDERSTOOD.iter().filter(|(spelling, known)| spelling == known);
-            let known: Vec<_> = known.map(|(spelling, _)| *spelling).collect();
-            format!("no parameter {name:?}; there are {}", known.join(", "))
+            let names = KNOWN.iter().filter(|(spelling, name)| spelling == name);
+            let names: Vec<_> = names.map(|(spelling, _)| *spelling).collect();
+            format!("no parameter {name:?}; there are {}", names.join(", "))
         }
     })
 }
 
-/// Refuses what the environment asks for in vain.
+/// Refuses unsupported variables, unless their value requires nothing.
 pub(super) fn check_environment() -> Result<(), String> {
-    for name in IN_VAIN {
-        if let Some(value) = variable_of(name)?
+    for name in UNSUPPORTED_VARIABLES {
+        if let Some(value) = env_value(name)?
             && !matches!(
                 value.as_str(),
                 "disable" | "allow" | "prefer" | "postgres" | "0" | "TLSv1" | "TLSv1.1" | "TLSv1.2"
             )
         {
-            return Err(format!("no {name} in the environment: what it asks for is not supported"));
+            return Err(format!("no variable {name}, which is not supported"));
         }
     }
     Ok(())
@@ -100,7 +98,7 @@ fn is_a_slip(name: &str, spelling: &str) -> bool {
     distance(name, spelling) <= 1 + spelling.len() / 4
 }
 
-/// Levenshtein's: how many letters have to be changed, added or left out.
+/// The Levenshtein distance.
 fn distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {

@@ -71,8 +71,9 @@ struct State {
     waiting: VecDeque<oneshot::Sender<Result<Idle, Failure>>>,
     /// Those under way, the oldest first.
     logins: VecDeque<Login>,
-    /// How often a server was left. A connection of an earlier time is closed, not used again.
-    era: u64,
+    /// Counts the calls of [`Connections::leave`]. A connection of an earlier generation is never
+    /// used again, since its server may be the one that was left.
+    generation: u64,
 }
 
 #[derive(Debug)]
@@ -80,7 +81,7 @@ struct Idle {
     connection: PgConnection,
     server: Place,
     born: Instant,
-    era: u64,
+    generation: u64,
 }
 
 #[derive(Debug)]
@@ -93,12 +94,8 @@ impl Connections {
     /// At most `most` connections, none of them opened yet; `writers` of them are not for reading,
     /// as long as that leaves one.
     pub(super) fn new(servers: Servers, most: usize, writers: usize) -> Self {
-        let shared = Shared {
-            servers,
-            most,
-            places: Semaphore::new(most),
-            state: Mutex::default(),
-        };
+        let shared =
+            Shared { servers, most, places: Semaphore::new(most), state: Mutex::default() };
         let readers = Readers::new(most.saturating_sub(writers).max(1));
         Self { shared: Arc::new(shared), readers }
     }
@@ -139,14 +136,14 @@ impl Connections {
         self.shared.state().idle.clear();
     }
 
-    /// Closes every connection, those in use as they come back: that server takes no writes. The
-    /// next login begins with the next server.
+    /// Closes every connection, those in use when they are returned, because the server of this one
+    /// takes no writes. The next login begins with the next server.
     pub(super) fn leave(&self, taken: &Taken<'_>) {
         let mut state = self.shared.state();
         self.shared.servers.leave(taken.held.server);
-        // Connections of one era fail one after the other.
-        if taken.held.era == state.era {
-            state.era += 1;
+        // Connections of one generation fail one after the other; only the first failure counts.
+        if taken.held.generation == state.generation {
+            state.generation += 1;
             state.idle.clear();
         }
     }
@@ -215,7 +212,7 @@ impl Shared {
     }
 
     async fn log_in(self: Arc<Self>) {
-        let era = self.state().era;
+        let generation = self.state().generation;
         let login = timeout(LOGIN, self.servers.connect()).await;
         let mut state = self.state();
         let this = tokio::task::id();
@@ -223,14 +220,17 @@ impl Shared {
         // Whoever waits for one that hung has begun another.
         let Ok(login) = login else { return };
         let login = login
-            .map(|(connection, server)| Idle { connection, server, born: Instant::now(), era })
+            .map(|(connection, server)| Idle {
+                connection,
+                server,
+                born: Instant::now(),
+                generation,
+            })
             // Whatever the server says to a login, no order is to blame, and it may pass.
-            .map_err(|none| {
-                Failure::nothing_done(StoreErrorKind::Unavailable, none.to_string())
-            });
+            .map_err(|none| Failure::nothing_done(StoreErrorKind::Unavailable, none.to_string()));
         // A place that is free has one idle connection at most.
         if let Some(Ok(unwanted)) = state.tell(login)
-            && unwanted.era == state.era
+            && unwanted.generation == state.generation
             && state.idle.len() < self.places.available_permits()
         {
             state.idle.push(unwanted);
@@ -246,7 +246,7 @@ impl Shared {
 impl State {
     /// Gives a connection to the first who waits; else keeps it.
     fn offer(&mut self, idle: Idle) {
-        if idle.era != self.era {
+        if idle.generation != self.generation {
             return;
         }
         if let Some(Ok(unwanted)) = self.tell(Ok(idle)) {

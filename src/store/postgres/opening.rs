@@ -1,18 +1,13 @@
 //! The first connection to the server: waits for one that is not up yet, refuses what no waiting
 //! mends, and brings the tables up to date.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use rand::RngExt as _;
-use sqlx::{
-    Connection as _,
-    migrate::MigrateError,
-    postgres::{PgConnectOptions, PgSslMode},
-};
+use sqlx::{Connection as _, migrate::MigrateError};
 use tokio::time::{Instant, sleep, timeout_at};
-use tokio_rustls::rustls;
 
-use super::servers::{INVALID_VALUE, NoServer, Refusal, Servers};
+use super::servers::{NoServer, Servers};
 use crate::store::{StoreHealth, migrate};
 
 /// How long a server that is not up yet is waited for.
@@ -83,11 +78,9 @@ enum NotReady {
 }
 
 impl NotReady {
-    /// Waiting helps as long as it may help one of the servers.
     fn of_connecting(none: &NoServer) -> Self {
-        let never = none.refusals().all(|(options, refusal)| is_final(options, refusal));
         let why = none.to_string();
-        if never { Self::Never(why) } else { Self::NotYet(why) }
+        if none.is_final() { Self::Never(why) } else { Self::NotYet(why) }
     }
 
     fn of_migrating(error: &MigrateError) -> Self {
@@ -111,45 +104,10 @@ impl NotReady {
     }
 }
 
-/// Whether no waiting mends it.
-fn is_final(options: &PgConnectOptions, refusal: &Refusal) -> bool {
-    match refusal {
-        // Wrong password (28), no such database (3D), no privilege (42).
-        Refusal::Failed(sqlx::Error::Database(refusal)) => {
-            refusal.code().is_some_and(|code| {
-                code == INVALID_VALUE
-                    || ["28", "3D", "42"].iter().any(|class| code.starts_with(class))
-            })
-        }
-        Refusal::Failed(sqlx::Error::Configuration(_) | sqlx::Error::Tls(_)) => true,
-        Refusal::Failed(sqlx::Error::Io(error)) => {
-            certificate_is_refused(error) || file_is_missing(error, options)
-        }
-        // A standby may be promoted.
-        Refusal::Failed(_) | Refusal::NotAsAsked(_) => false,
-    }
-}
-
 fn is_read_only(error: &MigrateError) -> bool {
     let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
         return false;
     };
     // read_only_sql_transaction
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("25006"))
-}
-
-/// rustls's verdicts come wrapped as I/O errors.
-fn certificate_is_refused(error: &io::Error) -> bool {
-    error
-        .get_ref()
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-        .is_some_and(|error| matches!(error, rustls::Error::InvalidCertificate(_)))
-}
-
-/// `sslrootcert`, `sslcert` or `sslkey`: a Unix socket that is missing is a server that is not up.
-fn file_is_missing(error: &io::Error, options: &PgConnectOptions) -> bool {
-    use io::ErrorKind as K;
-    let over_tcp = options.get_socket().is_none();
-    let tls = !matches!(options.get_ssl_mode(), PgSslMode::Disable | PgSslMode::Allow);
-    over_tcp && tls && matches!(error.kind(), K::NotFound | K::PermissionDenied)
 }

@@ -1,8 +1,8 @@
-//! The servers of a URL: a login goes through them until one is as asked, and begins with the one
-//! that was so last.
+//! The servers of a URL. A login tries them in turn until one matches `target_session_attrs`, and
+//! begins with the server that matched last.
 
 use std::{
-    fmt,
+    fmt, io,
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
@@ -10,47 +10,45 @@ use std::{
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use sqlx::{
     ConnectOptions as _, Row as _,
-    postgres::{PgConnectOptions, PgConnection},
+    postgres::{PgConnectOptions, PgConnection, PgSslMode},
 };
 use tokio::time::timeout;
+use tokio_rustls::rustls;
 
 use crate::config::{PostgresServer, PostgresUrl, TargetSession};
 
-/// How long a server is waited for before the next one is tried beside it: a server that is gone
-/// may not even refuse. Short, so that the third of three answers within the second that a caller
+/// Delay before the next server is tried in parallel, because a host that is down does not refuse a
+/// connection. Short enough for the third of three servers to answer within the second that a caller
 /// waits for a connection.
 const STAGGER: Duration = Duration::from_millis(300);
 
 /// SQLSTATE `invalid_parameter_value`.
-pub(super) const INVALID_VALUE: &str = "22023";
+const INVALID_VALUE: &str = "22023";
 
-/// See the module.
+/// The list, and where it begins.
 #[derive(Debug)]
 pub(super) struct Servers {
     list: Vec<PostgresServer>,
     session: TargetSession,
-    /// Where the next login begins.
+    /// Index of the server that the next login tries first.
     first: AtomicUsize,
 }
 
-/// The place of a server in the list.
+/// Index of a server in the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place(usize);
 
-/// Why no server is as asked.
+/// Why no server can be used: the name and the reason of each, at least one.
 #[derive(Debug)]
-pub(super) struct NoServer {
-    /// Each server and its reason, at least one.
-    reasons: Vec<(PostgresServer, Refusal)>,
-}
+pub(super) struct NoServer(Vec<(String, Refusal)>);
 
 /// Why one server is not used.
 #[derive(Debug)]
-pub(super) enum Refusal {
-    /// The connection or the login failed.
-    Failed(sqlx::Error),
-    /// It is none that `target_session_attrs` asks for.
-    NotAsAsked(&'static str),
+struct Refusal {
+    /// Without a password or the value of a parameter.
+    why: String,
+    /// Whether waiting cannot help.
+    is_final: bool,
 }
 
 impl Servers {
@@ -74,7 +72,7 @@ impl Servers {
         Self { list: list.collect(), ..self }
     }
 
-    /// Logs in to the first server that is as asked. The caller sets the time limit.
+    /// Logs in to the first server that matches. The caller sets the time limit.
     pub(super) async fn connect(&self) -> Result<(PgConnection, Place), NoServer> {
         let first = self.first.load(Ordering::Relaxed);
         let mut next = (0..self.list.len()).map(|step| (first + step) % self.list.len());
@@ -90,83 +88,112 @@ impl Servers {
                     return Ok((connection, Place(index)));
                 }
                 Ok(Some((index, Err(refusal)))) => {
-                    reasons.push((self.list[index].clone(), refusal));
+                    reasons.push((self.list[index].name.clone(), refusal));
                 }
-                Ok(None) => return Err(NoServer { reasons }),
+                Ok(None) => return Err(NoServer(reasons)),
                 Err(_) => {}
             }
         }
     }
 
-    /// Begins the next logins with another server than this one, which does not take writes.
+    /// Makes the next login begin behind this server, which takes no writes.
     pub(super) fn leave(&self, Place(index): Place) {
         let next = (index + 1) % self.list.len();
-        // Only once for however many connections to it there are.
+        // Several connections to one server must not skip the next server as well.
         let _ = self.first.compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     async fn log_in(&self, index: usize) -> (usize, Result<PgConnection, Refusal>) {
+        let options = &self.list[index].options;
         let login = async {
-            let mut connection = self.list[index].options.connect().await?;
-            let (query, refusal) = match self.session {
-                TargetSession::Any => return Ok(connection),
-                TargetSession::ReadWrite => (
-                    "SELECT current_setting('transaction_read_only') = 'on'",
-                    "it takes no writes (target_session_attrs=read-write)",
-                ),
-                TargetSession::Primary => (
-                    "SELECT pg_is_in_recovery()",
-                    "it is a standby (target_session_attrs=primary)",
-                ),
+            let mut connection = options.connect().await?;
+            let query = match self.session {
+                TargetSession::Any => return Ok((connection, None)),
+                TargetSession::ReadWrite => {
+                    "SELECT current_setting('transaction_read_only') = 'on'"
+                }
+                TargetSession::Primary => "SELECT pg_is_in_recovery()",
             };
             let row = sqlx::query(query).fetch_one(&mut connection).await?;
-            if row.try_get(0)? { Err(Refusal::NotAsAsked(refusal)) } else { Ok(connection) }
+            let why = match self.session {
+                _ if !row.try_get(0)? => None,
+                TargetSession::Primary => Some("it is a standby (target_session_attrs=primary)"),
+                _ => Some("it takes no writes (target_session_attrs=read-write)"),
+            };
+            Ok((connection, why))
         };
-        (index, login.await)
-    }
-}
-
-impl From<sqlx::Error> for Refusal {
-    fn from(error: sqlx::Error) -> Self {
-        Self::Failed(error)
+        let result = match login.await {
+            Ok((connection, None)) => Ok(connection),
+            // A standby may be promoted.
+            Ok((_, Some(why))) => Err(Refusal { why: why.to_owned(), is_final: false }),
+            Err(error) => Err(Refusal::of(&error, options)),
+        };
+        (index, result)
     }
 }
 
 impl NoServer {
-    /// Each with the options of its server.
-    pub(super) fn refusals(&self) -> impl Iterator<Item = (&PgConnectOptions, &Refusal)> {
-        self.reasons.iter().map(|(server, refusal)| (&server.options, refusal))
+    /// Whether waiting cannot help with any of the servers.
+    pub(super) fn is_final(&self) -> bool {
+        self.0.iter().all(|(_, refusal)| refusal.is_final)
     }
 }
 
 impl fmt::Display for NoServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let [(_, only)] = &self.reasons[..] {
-            return only.fmt(f);
+        if let [(_, only)] = &self.0[..] {
+            return f.write_str(&only.why);
         }
-        for (index, (server, refusal)) in self.reasons.iter().enumerate() {
+        for (index, (name, refusal)) in self.0.iter().enumerate() {
             let separator = if index == 0 { "" } else { "; " };
-            write!(f, "{separator}{}: {refusal}", server.name)?;
+            write!(f, "{separator}{name}: {}", refusal.why)?;
         }
         Ok(())
     }
 }
 
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Failed(sqlx::Error::Database(error)) => {
-                let message = error.message();
-                // The server quotes the value of an `options` that it refuses.
-                match message.split_once("\": ") {
-                    Some((name, _)) if error.code().as_deref() == Some(INVALID_VALUE) => {
-                        write!(f, "{name}\" (options)")
-                    }
-                    _ => f.write_str(message),
-                }
+impl Refusal {
+    fn of(error: &sqlx::Error, options: &PgConnectOptions) -> Self {
+        use sqlx::Error as E;
+        let (why, is_final) = match error {
+            E::Database(refusal) => {
+                let code = refusal.code().unwrap_or_default();
+                // Wrong password (28), no such database (3D), no privilege or setting (42).
+                let is_final = code == INVALID_VALUE
+                    || ["28", "3D", "42"].iter().any(|class| code.starts_with(class));
+                // The server quotes the refused value, which comes from `options`.
+                let why = match refusal.message().split_once("\": ") {
+                    Some((name, _)) if code == INVALID_VALUE => format!("{name}\" (options)"),
+                    _ => refusal.message().to_owned(),
+                };
+                (why, is_final)
             }
-            Self::Failed(error) => error.fmt(f),
-            Self::NotAsAsked(why) => f.write_str(why),
-        }
+            E::Io(error) if certificate_is_refused(error) => {
+                (format!("its certificate: {error}"), true)
+            }
+            E::Io(error) if file_is_missing(error, options) => {
+                (format!("a file of its TLS settings: {error}"), true)
+            }
+            E::Io(error) => (error.to_string(), false),
+            E::Configuration(_) | E::Tls(_) => (error.to_string(), true),
+            _ => (error.to_string(), false),
+        };
+        Self { why, is_final }
     }
+}
+
+/// rustls's verdicts come wrapped as I/O errors.
+fn certificate_is_refused(error: &io::Error) -> bool {
+    error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+        .is_some_and(|error| matches!(error, rustls::Error::InvalidCertificate(_)))
+}
+
+/// `sslrootcert`, `sslcert` or `sslkey`: a Unix socket that is missing is a server that is not up.
+fn file_is_missing(error: &io::Error, options: &PgConnectOptions) -> bool {
+    use io::ErrorKind as K;
+    let over_tcp = options.get_socket().is_none();
+    let tls = !matches!(options.get_ssl_mode(), PgSslMode::Disable | PgSslMode::Allow);
+    over_tcp && tls && matches!(error.kind(), K::NotFound | K::PermissionDenied)
 }
