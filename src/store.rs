@@ -97,7 +97,7 @@ impl Store {
     ) -> Result<(Self, Writers), OpenError> {
         let opened = match &url {
             DatabaseUrl::SqliteFile(path) => {
-                sqlite::Sqlite::open_file(path).await.map(Engine::Sqlite)
+                sqlite::Sqlite::open_file(path, &health).await.map(Engine::Sqlite)
             }
             DatabaseUrl::SqliteMemory => sqlite::Sqlite::open_memory().await.map(Engine::Sqlite),
             DatabaseUrl::Postgres(url) => {

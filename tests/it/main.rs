@@ -54,6 +54,7 @@ mod several_hosts;
 mod shared_database;
 mod signals;
 mod slow_reads;
+mod sqlite_file;
 mod stack;
 mod store;
 mod strange_input;
