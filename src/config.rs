@@ -10,9 +10,13 @@ use clap::{Parser, ValueEnum};
 use crate::usage::{self, NoArguments, pem_file};
 
 mod database_url;
+mod postgres_url;
 
-pub use self::database_url::DatabaseUrl;
 use self::database_url::without_password;
+pub use self::{
+    database_url::DatabaseUrl,
+    postgres_url::{PostgresServer, PostgresUrl, TargetSession},
+};
 
 /// Takes orders over gRPC and REST, stores each durably before acknowledging it, and exposes
 /// Prometheus metrics on a port of its own.
@@ -32,7 +36,8 @@ pub struct Settings {
     pub admin_listen: SocketAddr,
 
     /// Where orders are kept: sqlite://PATH (a file of this process alone), sqlite::memory: (lost
-    /// at the end) or postgres://USER:PASSWORD@HOST/DATABASE (shared by many replicas)
+    /// at the end) or postgres://USER:PASSWORD@HOST/DATABASE (shared by many replicas; libpq's
+    /// forms, also of several hosts)
     #[arg(
         long,
         env = "DATABASE_URL",

@@ -97,11 +97,11 @@ impl Store {
     ) -> Result<(Self, Writers), OpenError> {
         let opened = match &url {
             DatabaseUrl::SqliteFile(path) => {
-                sqlite::Sqlite::open_file(path).await.map(Engine::Sqlite)
+                sqlite::Sqlite::open_file(path, &health).await.map(Engine::Sqlite)
             }
             DatabaseUrl::SqliteMemory => sqlite::Sqlite::open_memory().await.map(Engine::Sqlite),
             DatabaseUrl::Postgres(url) => {
-                postgres::Postgres::open(url.clone(), pool, &health).await.map(Engine::Postgres)
+                postgres::Postgres::open(url, pool, &health).await.map(Engine::Postgres)
             }
         };
         let engine = opened.map_err(|cause| OpenError { url: url.to_string(), cause })?;

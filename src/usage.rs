@@ -116,7 +116,18 @@ fn one_line(error: &clap::Error, shown: impl Fn(&str, &str) -> String) -> String
 /// For flags that name a PEM file.
 ///
 /// # Errors
-/// If there is no name.
+/// If there is no name, or it holds a control character.
 pub fn pem_file(text: &str) -> Result<std::path::PathBuf, &'static str> {
+    let text = single_line(text)?;
     if text.is_empty() { Err("the path of a PEM file") } else { Ok(text.into()) }
+}
+
+/// The value of a flag that is a URL or names a file, without the newline that a Secret made with
+/// `echo` ends with.
+///
+/// # Errors
+/// If it holds another control character.
+pub fn single_line(text: &str) -> Result<&str, &'static str> {
+    let text = text.trim_end_matches(['\r', '\n']);
+    if text.contains(char::is_control) { Err("no control character within it") } else { Ok(text) }
 }

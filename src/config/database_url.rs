@@ -2,17 +2,18 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use sqlx::postgres::PgConnectOptions;
+use super::PostgresUrl;
+use crate::usage::single_line;
 
 /// Where orders are kept. Neither `Debug` nor `Display` shows a password.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub enum DatabaseUrl {
     /// `sqlite://PATH`: a database file of this process alone.
     SqliteFile(PathBuf),
     /// `sqlite::memory:`: lost when the process ends.
     SqliteMemory,
-    /// `postgres://…`: a server that many replicas share. The whole URL, with its password.
-    Postgres(String),
+    /// `postgres://…`: one or more servers that many replicas share.
+    Postgres(PostgresUrl),
 }
 
 impl DatabaseUrl {
@@ -23,30 +24,33 @@ impl DatabaseUrl {
             Self::Postgres(_) => "postgres",
         }
     }
+
+    /// How many servers a login may try.
+    pub fn servers(&self) -> usize {
+        match self {
+            Self::SqliteFile(_) | Self::SqliteMemory => 0,
+            Self::Postgres(url) => url.servers().len(),
+        }
+    }
 }
 
 impl FromStr for DatabaseUrl {
-    type Err = &'static str;
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, &'static str> {
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = single_line(text)?;
         if text == "sqlite::memory:" {
             return Ok(Self::SqliteMemory);
         }
         if text.starts_with("postgres://") || text.starts_with("postgresql://") {
-            // The reason that sqlx gives may quote any part of the URL, the password, too.
-            return match PgConnectOptions::from_str(text) {
-                Ok(_) => Ok(Self::Postgres(text.to_owned())),
-                Err(_) => {
-                    Err("postgres://USER:PASSWORD@HOST:PORT/DATABASE?PARAMETER=VALUE, each part \
-                               percent-encoded, with the parameters that sqlx knows")
-                }
-            };
+            return PostgresUrl::parse(text).map(Self::Postgres);
         }
         match text.strip_prefix("sqlite://") {
             Some(path) if !path.is_empty() && !path.contains('?') => {
                 Ok(Self::SqliteFile(path.into()))
             }
-            _ => Err("sqlite://PATH, sqlite::memory: or postgres://USER:PASSWORD@HOST/DATABASE"),
+            _ => Err("sqlite://PATH, sqlite::memory: or postgres://USER:PASSWORD@HOST/DATABASE"
+                .to_owned()),
         }
     }
 }
@@ -56,7 +60,7 @@ impl fmt::Display for DatabaseUrl {
         match self {
             Self::SqliteFile(path) => write!(f, "sqlite://{}", path.display()),
             Self::SqliteMemory => f.write_str("sqlite::memory:"),
-            Self::Postgres(url) => f.write_str(&without_password(url)),
+            Self::Postgres(url) => fmt::Display::fmt(url, f),
         }
     }
 }
@@ -89,10 +93,13 @@ pub(super) fn without_password(text: &str) -> String {
         None => (location, None),
     };
     let authority = location.split('/').next().unwrap_or_default();
-    let port = authority.rsplit_once(':').filter(|_| !authority.ends_with(']'));
-    let location = match port {
-        Some((host, port)) if !port.bytes().all(|byte| byte.is_ascii_digit()) => {
-            let host = host.split(':').next().unwrap_or_default();
+    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
+    let well_formed = authority.split(',').all(|host| {
+        let port = host.rsplit_once(':').filter(|_| !host.ends_with(']'));
+        port.is_none_or(|(_, port)| is_port(port))
+    });
+    let location = match authority.split_once(':') {
+        Some((host, _)) if !well_formed => {
             format!("{host}:{HIDDEN}{}", &location[authority.len()..])
         }
         _ => location.to_owned(),
@@ -123,6 +130,9 @@ mod tests {
             ("postgres://u:s3:cret/db", "postgres://u:***/db"),
             ("postgres://[::1]:5432/db", "postgres://[::1]:5432/db"),
             ("postgres://[::1]/db", "postgres://[::1]/db"),
+            ("postgres://u:s3cret@a:1,[::1]:2,c/db", "postgres://u:***@a:1,[::1]:2,c/db"),
+            ("postgres://u:s3,cret/db", "postgres://u:***/db"),
+            ("postgres:///db?host=/dir", "postgres:///db?host=***"),
             ("postgres://u@host/db", "postgres://u@host/db"),
             ("postgres://host/db#s3cret", "postgres://host/db?***"),
             ("host=localhost password=s3cret", "***"),

@@ -98,16 +98,19 @@ pub(super) struct Failure {
     pub(super) outcome_unknown: bool,
     /// Whether it is a read that was in line for all of its time, and never came to the database.
     pub(super) had_no_turn: bool,
+    /// Whether the server takes no writes, so that the next attempt must use another server.
+    pub(super) read_only: bool,
     pub(super) cause: String,
 }
 
 impl Failure {
     pub(super) fn unknown(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
-        Self { kind, outcome_unknown: true, had_no_turn: false, cause: cause.into() }
+        Self { outcome_unknown: true, ..Self::nothing_done(kind, cause) }
     }
 
     pub(super) fn nothing_done(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
-        Self { kind, outcome_unknown: false, had_no_turn: false, cause: cause.into() }
+        let (outcome_unknown, had_no_turn, read_only) = (false, false, false);
+        Self { kind, outcome_unknown, had_no_turn, read_only, cause: cause.into() }
     }
 
     /// A read's turn did not come in time.
@@ -136,7 +139,10 @@ impl Failure {
             }
             _ => (StoreErrorKind::Other, true),
         };
-        Self { kind, outcome_unknown, had_no_turn: false, cause: error.to_string() }
+        // PostgreSQL's read_only_sql_transaction; SQLite has no code of five digits like it.
+        let read_only =
+            matches!(error, E::Database(error) if error.code().as_deref() == Some("25006"));
+        Self { outcome_unknown, read_only, ..Self::nothing_done(kind, error.to_string()) }
     }
 
     /// Whether the connection broke under the statements.

@@ -1,28 +1,30 @@
 //! PostgreSQL, shared by many replicas; nothing here that CockroachDB or YugabyteDB lacks.
 
-use std::{str::FromStr as _, time::Duration};
+use std::time::Duration;
 
 use sqlx::{
-    ConnectOptions as _, Row as _,
+    Row as _,
     error::DatabaseError,
-    postgres::{PgConnectOptions, PgConnection, PgRow},
+    postgres::{PgConnection, PgRow},
 };
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use self::connections::Connections;
+use self::{connections::Connections, servers::Servers};
 use super::{
     NewOrder, StoreHealth,
     engine::{Failure, Outcome, Purpose},
     rows::{Stored, millis, resolve},
 };
 use crate::{
+    config::PostgresUrl,
     metrics::StoreErrorKind,
     order::{IdempotencyKey, Order, OrderId},
 };
 
 mod connections;
 mod opening;
+mod servers;
 
 /// Batches at a time: one's fills while the other's is flushed. Two were faster than one and than
 /// four.
@@ -62,20 +64,15 @@ pub(super) struct Postgres {
 
 impl Postgres {
     pub(super) async fn open(
-        url: String,
+        url: &PostgresUrl,
         pool: usize,
         health: &StoreHealth,
     ) -> Result<Self, String> {
-        // The parser's words may hold a part of the URL, and that of the password.
-        let options = PgConnectOptions::from_str(&url)
-            .map_err(|_| "expected postgres://USER:PASSWORD@HOST:PORT/DATABASE".to_owned())?
-            .application_name("order-service")
-            // Durations are in the metrics, failures in our own lines.
-            .disable_statement_logging();
+        let servers = Servers::new(url);
         // Without the time limits: a migration of a large table takes what it takes.
-        opening::wait_until_ready(&options, health).await?;
-        let options = options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]);
-        Ok(Self { connections: Connections::new(options, pool, WRITERS) })
+        opening::wait_until_ready(&servers, health).await?;
+        let servers = servers.map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]));
+        Ok(Self { connections: Connections::new(servers, pool, WRITERS) })
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
@@ -171,7 +168,9 @@ impl Postgres {
                 Ok(read)
             }
             Ok(Err(failure)) => {
-                if failure.kind == StoreErrorKind::Unavailable {
+                if failure.read_only {
+                    self.connections.leave(&taken);
+                } else if failure.kind == StoreErrorKind::Unavailable {
                     self.connections.distrust();
                 } else {
                     // The server refused, and the transaction is over.

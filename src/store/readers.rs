@@ -18,12 +18,16 @@ use super::engine::Failure;
 pub(super) const WAIT: Duration = Duration::from_millis(1250);
 
 #[derive(Debug)]
-pub(super) struct Readers(Semaphore);
+pub(super) struct Readers {
+    turns: Semaphore,
+    most: u32,
+}
 
 impl Readers {
     /// At most so many reads have their turn at a time.
     pub(super) fn new(most: usize) -> Self {
-        Self(Semaphore::new(most))
+        let most = u32::try_from(most).unwrap_or(u32::MAX);
+        Self { turns: Semaphore::new(most as usize), most }
     }
 
     /// Waits for a turn, which lasts as long as what it returns.
@@ -31,8 +35,21 @@ impl Readers {
     /// # Errors
     /// If it does not come in time.
     pub(super) async fn turn(&self, until: Instant) -> Result<SemaphorePermit<'_>, Failure> {
-        match timeout_at(until, self.0.acquire()).await {
-            Ok(Ok(turn)) => Ok(turn),
+        self.acquire(1, until).await
+    }
+
+    /// Waits until every read that has its turn is done. No other read begins while the returned
+    /// permit is held.
+    ///
+    /// # Errors
+    /// If they are not done in time.
+    pub(super) async fn acquire_all(&self, until: Instant) -> Result<SemaphorePermit<'_>, Failure> {
+        self.acquire(self.most, until).await
+    }
+
+    async fn acquire(&self, turns: u32, until: Instant) -> Result<SemaphorePermit<'_>, Failure> {
+        match timeout_at(until, self.turns.acquire_many(turns)).await {
+            Ok(Ok(turns)) => Ok(turns),
             Ok(Err(_)) => Err(Failure::closed()),
             Err(_) => Err(Failure::no_turn()),
         }
@@ -40,6 +57,6 @@ impl Readers {
 
     /// Refuses whoever waits and whoever comes.
     pub(super) fn close(&self) {
-        self.0.close();
+        self.turns.close();
     }
 }

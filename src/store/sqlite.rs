@@ -1,11 +1,6 @@
 //! SQLite: a file that one process has for itself, or memory.
 
-use std::{
-    ffi::OsString,
-    fs::{File, TryLockError},
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use sqlx::{
@@ -17,8 +12,12 @@ use sqlx::{
 };
 use tokio::{sync::SemaphorePermit, time::Instant};
 
+use self::{
+    lock::Lock,
+    maintainer::{Maintainer, WAL_LIMIT},
+};
 use super::{
-    NewOrder,
+    NewOrder, StoreHealth,
     engine::{Failure, Outcome, Purpose},
     migrate,
     readers::{self, Readers},
@@ -28,6 +27,9 @@ use crate::{
     metrics::StoreErrorKind,
     order::{IdempotencyKey, Order, OrderId},
 };
+
+mod lock;
+mod maintainer;
 
 /// How long an attempt waits for another program that holds the database.
 const BUSY_TIMEOUT: Duration = Duration::from_millis(100);
@@ -60,29 +62,33 @@ pub(super) struct Sqlite {
     readers: SqlitePool,
     /// As many turns as there are connections to read with, so that none of them is waited for, and
     /// the writer never waits behind more than one read where it shares its connection.
-    turns: Readers,
-    /// Held for the life of the process; the database file itself must not be opened and closed
-    /// beside SQLite, since closing any descriptor of it drops SQLite's own locks.
-    _lock: Option<File>,
+    turns: Arc<Readers>,
+    /// `None` in memory. The lock is held for the life of the store.
+    file: Option<(Arc<Lock>, Maintainer)>,
 }
 
 impl Sqlite {
-    pub(super) async fn open_file(path: &Path) -> Result<Self, String> {
-        let lock = lock(path)?;
+    pub(super) async fn open_file(path: &Path, health: &StoreHealth) -> Result<Self, String> {
+        let lock = Arc::new(Lock::take(path)?);
         let options = SqliteConnectOptions::new()
-            .filename(path)
+            .filename(lock.database())
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             // NORMAL loses acknowledged orders when the machine loses power.
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT)
+            // The next commit truncates a WAL that a large batch made longer.
+            .pragma("journal_size_limit", WAL_LIMIT.to_string())
             // Durations are in the metrics, failures in our own lines.
             .disable_statement_logging();
         let writer = open(SqlitePoolOptions::new().max_connections(1), &options).await?;
         let readers = SqlitePoolOptions::new().max_connections(READERS);
         let readers = readers.connect_lazy_with(options.create_if_missing(false));
-        let turns = Readers::new(READERS as usize);
-        Ok(Self { writer, readers, turns, _lock: Some(lock) })
+        let turns = Arc::new(Readers::new(READERS as usize));
+        let (writer_pool, readers_turns) = (writer.clone(), turns.clone());
+        let maintainer =
+            Maintainer::start(lock.clone(), writer_pool, readers_turns, health.clone());
+        Ok(Self { writer, readers, turns, file: Some((lock, maintainer)) })
     }
 
     /// One connection for all: each has a memory of its own, and it ends with its connection.
@@ -91,10 +97,19 @@ impl Sqlite {
         // A caller that goes while its connection is tested takes that connection with it.
         let one = one.test_before_acquire(false);
         let pool = open(one, &SqliteConnectOptions::new().in_memory(true)).await?;
-        Ok(Self { writer: pool.clone(), readers: pool, turns: Readers::new(1), _lock: None })
+        Ok(Self {
+            writer: pool.clone(),
+            readers: pool,
+            turns: Arc::new(Readers::new(1)),
+            file: None,
+        })
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
+        if let Some((lock, _)) = &self.file {
+            let held = lock.check();
+            held.map_err(|cause| Failure::nothing_done(StoreErrorKind::Unavailable, cause))?;
+        }
         let mut insert = sqlx::query(AssertSqlSafe(insert(batch.len())));
         for NewOrder { order, key } in batch {
             insert = insert
@@ -106,6 +121,9 @@ impl Sqlite {
         }
         let inserted = insert.execute(&self.writer).await;
         let inserted = inserted.map_err(|error| failure(&error))?;
+        if let Some((_, maintainer)) = &self.file {
+            maintainer.committed();
+        }
         if inserted.rows_affected() == batch.len() as u64 {
             return Ok(vec![Outcome::New; batch.len()]);
         }
@@ -154,25 +172,12 @@ impl Sqlite {
     }
 
     pub(super) async fn close(&self) {
+        if let Some((_, maintainer)) = &self.file {
+            maintainer.stop().await;
+        }
         self.turns.close();
         self.readers.close().await;
         self.writer.close().await;
-    }
-}
-
-/// Takes `PATH.lock`, for as long as the file is open.
-fn lock(path: &Path) -> Result<File, String> {
-    let mut name = OsString::from(path);
-    name.push(".lock");
-    let name = PathBuf::from(name);
-    let file = File::options().create(true).append(true).open(&name);
-    let file = file.map_err(|error| format!("cannot open {}: {error}", name.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            Err(format!("another process uses it (it holds the lock on {})", name.display()))
-        }
-        Err(TryLockError::Error(error)) => Err(format!("cannot lock {}: {error}", name.display())),
     }
 }
 

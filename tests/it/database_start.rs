@@ -163,12 +163,16 @@ async fn five_processes_start_at_once_on_an_empty_database() {
     assert_eq!(rows.0, 5);
 }
 
+fn params_of_ca() -> CertificateParams {
+    let mut params = CertificateParams::new([]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params
+}
+
 #[tokio::test]
 #[ignore = "needs PostgreSQL's server programs; run by make test"]
 async fn tls_to_the_server_is_used_and_verified_as_asked() {
-    let mut params = CertificateParams::new([]).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let ca = CertifiedIssuer::self_signed(params_of_ca(), KeyPair::generate().unwrap()).unwrap();
     let key = KeyPair::generate().unwrap();
     // For the name alone, not for the address.
     let certificate = CertificateParams::new(["localhost".to_owned()]).unwrap();
@@ -186,6 +190,10 @@ async fn tls_to_the_server_is_used_and_verified_as_asked() {
     let own = tempfile::tempdir().unwrap();
     let ca_file = own.path().join("ca.crt");
     std::fs::write(&ca_file, ca.pem()).unwrap();
+    let stranger = CertifiedIssuer::self_signed(params_of_ca(), KeyPair::generate().unwrap());
+    let stranger_pem = stranger.unwrap().pem();
+    let stranger = own.path().join("stranger.crt");
+    std::fs::write(&stranger, stranger_pem).unwrap();
     let by_address = server.url();
     let by_name = by_address.replace("127.0.0.1", "localhost");
     let root = format!("sslrootcert={}", ca_file.display());
@@ -205,6 +213,8 @@ async fn tls_to_the_server_is_used_and_verified_as_asked() {
     // A stranger's certificate, one for another name, and no file to check it with.
     for (url, why) in [
         (format!("{by_name}?sslmode=verify-full"), "UnknownIssuer"),
+        (format!("{by_name}?sslrootcert=system"), "UnknownIssuer"),
+        (format!("{by_name}?sslmode=require&sslrootcert={}", stranger.display()), "BadSignature"),
         (format!("{by_address}?sslmode=verify-full&{root}"), "not valid for name"),
         (format!("{by_name}?sslmode=verify-full&sslrootcert=/nowhere.crt"), "No such file"),
     ] {

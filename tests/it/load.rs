@@ -374,6 +374,10 @@ async fn bad_usage_is_refused_in_one_line_that_names_flag_value_and_expectation(
         (&["--target=http://localhost/product"], "http://localhost/product", "http://HOST:PORT"),
         (&["--target=http://localhost:0"], "http://localhost:0", "http://HOST:PORT"),
         (&["--target=http://localhost:99999"], "http://localhost:99999", "http://HOST:PORT"),
+        (&["--target=http://localhost:0\n"], "http://localhost:0", "http://HOST:PORT"),
+        (&["--target=http://local\nhost"], "http://local\nhost", "control character"),
+        (&["--tls-ca=a\n.pem"], "a\n.pem", "control character"),
+        (&["--tls-ca=a.pem\n", "--target=https://localhost\r\n"], "a.pem", "read"),
         (&["--protocol=smtp"], "smtp", "grpc or http"),
         (&["--connections=0"], "0", "1 to 10000"),
         (&["--timeout=10"], "10", "250ms"),
@@ -405,6 +409,8 @@ async fn bad_usage_is_refused_in_one_line_that_names_flag_value_and_expectation(
             "{loaded:?}"
         );
     }
-    let loaded = load(&["--target", "http://user:s3cret@localhost"]).await;
-    assert!(loaded.code == Some(2) && !loaded.stderr.contains("s3cret"), "{loaded:?}");
+    for target in ["http://user:s3cret@localhost", "http://user:s3cret@local\thost"] {
+        let loaded = load(&["--target", target]).await;
+        assert!(loaded.code == Some(2) && !loaded.stderr.contains("s3cret"), "{loaded:?}");
+    }
 }

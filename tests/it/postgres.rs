@@ -62,6 +62,41 @@ impl PostgresServer {
         server
     }
 
+    /// A synchronous standby of this server, attached. From now on each commit waits for it.
+    pub async fn attach_standby(&self) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let standby = Self { dir, port, settings: self.settings.clone() };
+        standby.give(standby.dir.path());
+        let (data, primary) = (standby.data(), self.url() + "?application_name=standby");
+        standby.program("pg_basebackup", &["-D", &data, "-d", &primary, "-R", "-c", "fast"]);
+        standby.run();
+        let mut connection = self.connect().await;
+        for statement in
+            ["ALTER SYSTEM SET synchronous_standby_names = 'standby'", "SELECT pg_reload_conf()"]
+        {
+            sqlx::query(statement).execute(&mut connection).await.unwrap();
+        }
+        self.until_replicated().await;
+        standby
+    }
+
+    /// Waits until the synchronous standby is attached.
+    pub async fn until_replicated(&self) {
+        let attached = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'";
+        let mut connection = self.connect().await;
+        let waiting = async {
+            while sqlx::query(attached).fetch_optional(&mut connection).await.unwrap().is_none() {}
+        };
+        tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("it is attached");
+    }
+
+    /// Makes a standby a primary that waits for nobody.
+    pub fn promote(&self) {
+        let data = self.data();
+        self.program("pg_ctl", &["-D", &data, "-w", "promote"]);
+    }
+
     fn data(&self) -> String {
         self.dir.path().join("data").to_str().unwrap().to_owned()
     }

@@ -13,7 +13,7 @@ async fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
 }
 
 /// The one line that it wrote before it ended with this code.
-async fn refusal(args: &[&str], env: &[(&str, &str)], code: i32) -> String {
+pub async fn refusal(args: &[&str], env: &[(&str, &str)], code: i32) -> String {
     let output = run(args, env).await;
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{args:?} {env:?}: {stderr}");

@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 use clap::{Parser, ValueEnum};
 use order_service::{
     order::ProductId,
-    usage::{self, NoArguments, pem_file},
+    usage::{self, NoArguments, pem_file, single_line},
 };
 
 use crate::schedule::Phases;
@@ -24,7 +24,7 @@ pub struct Args {
     pub phases: Phases,
 
     /// The service: http://HOST:PORT, or https:// for TLS. Every address of the name gets its share
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8181")]
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8181", value_parser = url)]
     pub target: String,
 
     /// What to speak: grpc (over HTTP/2) or http (POST /product over HTTP/1.1)
@@ -93,7 +93,10 @@ impl Args {
     /// # Errors
     /// See [`NoArguments`].
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoArguments> {
-        let args: Self = usage::read(args, |_, value| value.to_owned())?;
+        let args: Self = usage::read(args, |flag, value| match flag {
+            "--target" => without_userinfo(value),
+            _ => value.to_owned(),
+        })?;
         let product = args.product.as_str();
         if args.audit && product.len() > MAX_AUDITED_PRODUCT {
             return Err(NoArguments::BadUsage(format!(
@@ -115,6 +118,10 @@ impl Args {
             Protocol::Http => 100,
         })
     }
+}
+
+fn url(text: &str) -> Result<String, &'static str> {
+    single_line(text).map(str::to_owned)
 }
 
 fn connections(text: &str) -> Result<usize, &'static str> {
@@ -139,4 +146,12 @@ fn timeout(text: &str) -> Result<Duration, &'static str> {
 
 fn product(text: &str) -> Result<ProductId, &'static str> {
     text.parse().map_err(|order_service::order::Expected(expected)| expected)
+}
+
+/// A URL that was not understood may hold a password anywhere before its last `@`.
+pub fn without_userinfo(url: &str) -> String {
+    match url.rsplit_once('@') {
+        Some((_, rest)) => format!("***@{rest}"),
+        None => url.to_owned(),
+    }
 }

@@ -6,7 +6,7 @@ use http::{Uri, uri::Scheme};
 use tokio_rustls::rustls::{ClientConfig, pki_types::ServerName};
 
 use crate::{
-    args::{Args, Protocol},
+    args::{Args, Protocol, without_userinfo},
     tls,
 };
 
@@ -97,13 +97,5 @@ impl Base {
             .path_and_query(path)
             .build()
             .expect("paths of the API make a URI")
-    }
-}
-
-/// A URL that was not understood may hold a password anywhere before its last `@`.
-fn without_userinfo(url: &str) -> String {
-    match url.rsplit_once('@') {
-        Some((_, rest)) => format!("***@{rest}"),
-        None => url.to_owned(),
     }
 }

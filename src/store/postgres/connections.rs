@@ -10,17 +10,14 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{
-    ConnectOptions as _, Connection as _,
-    postgres::{PgConnectOptions, PgConnection},
-};
+use sqlx::{Connection as _, postgres::PgConnection};
 use tokio::{
     sync::{Semaphore, SemaphorePermit, oneshot},
     task::AbortHandle,
     time::{Instant, timeout, timeout_at},
 };
 
-use super::failure;
+use super::servers::{Place, Servers};
 use crate::{
     metrics::StoreErrorKind,
     store::{
@@ -61,7 +58,7 @@ pub(super) struct Connections {
 /// What the logins hold, too.
 #[derive(Debug)]
 struct Shared {
-    options: Box<PgConnectOptions>,
+    servers: Servers,
     most: usize,
     places: Semaphore,
     state: Mutex<State>,
@@ -74,12 +71,17 @@ struct State {
     waiting: VecDeque<oneshot::Sender<Result<Idle, Failure>>>,
     /// Those under way, the oldest first.
     logins: VecDeque<Login>,
+    /// Counts the calls of [`Connections::leave`]. A connection of an earlier generation is never
+    /// used again, since its server may be the one that was left.
+    generation: u64,
 }
 
 #[derive(Debug)]
 struct Idle {
     connection: PgConnection,
+    server: Place,
     born: Instant,
+    generation: u64,
 }
 
 #[derive(Debug)]
@@ -91,13 +93,9 @@ struct Login {
 impl Connections {
     /// At most `most` connections, none of them opened yet; `writers` of them are not for reading,
     /// as long as that leaves one.
-    pub(super) fn new(options: PgConnectOptions, most: usize, writers: usize) -> Self {
-        let shared = Shared {
-            options: Box::new(options),
-            most,
-            places: Semaphore::new(most),
-            state: Mutex::default(),
-        };
+    pub(super) fn new(servers: Servers, most: usize, writers: usize) -> Self {
+        let shared =
+            Shared { servers, most, places: Semaphore::new(most), state: Mutex::default() };
         let readers = Readers::new(most.saturating_sub(writers).max(1));
         Self { shared: Arc::new(shared), readers }
     }
@@ -136,6 +134,18 @@ impl Connections {
     /// Closes those that are idle: one that broke is seldom the only one.
     pub(super) fn distrust(&self) {
         self.shared.state().idle.clear();
+    }
+
+    /// Closes every connection, those in use when they are returned, because the server of this one
+    /// takes no writes. The next login begins with the next server.
+    pub(super) fn leave(&self, taken: &Taken<'_>) {
+        let mut state = self.shared.state();
+        self.shared.servers.leave(taken.held.server);
+        // Connections of one generation fail one after the other; only the first failure counts.
+        if taken.held.generation == state.generation {
+            state.generation += 1;
+            state.idle.clear();
+        }
     }
 
     /// Says farewell to the server on each connection, and opens none any more.
@@ -202,20 +212,25 @@ impl Shared {
     }
 
     async fn log_in(self: Arc<Self>) {
-        let login = timeout(LOGIN, self.options.connect()).await;
+        let generation = self.state().generation;
+        let login = timeout(LOGIN, self.servers.connect()).await;
         let mut state = self.state();
         let this = tokio::task::id();
         state.logins.retain(|login| login.task.id() != this);
         // Whoever waits for one that hung has begun another.
         let Ok(login) = login else { return };
         let login = login
-            .map(|connection| Idle { connection, born: Instant::now() })
+            .map(|(connection, server)| Idle {
+                connection,
+                server,
+                born: Instant::now(),
+                generation,
+            })
             // Whatever the server says to a login, no order is to blame, and it may pass.
-            .map_err(|error| {
-                Failure::nothing_done(StoreErrorKind::Unavailable, failure(&error).cause)
-            });
+            .map_err(|none| Failure::nothing_done(StoreErrorKind::Unavailable, none.to_string()));
         // A place that is free has one idle connection at most.
         if let Some(Ok(unwanted)) = state.tell(login)
+            && unwanted.generation == state.generation
             && state.idle.len() < self.places.available_permits()
         {
             state.idle.push(unwanted);
@@ -231,6 +246,9 @@ impl Shared {
 impl State {
     /// Gives a connection to the first who waits; else keeps it.
     fn offer(&mut self, idle: Idle) {
+        if idle.generation != self.generation {
+            return;
+        }
         if let Some(Ok(unwanted)) = self.tell(Ok(idle)) {
             self.idle.push(unwanted);
         }

@@ -1,17 +1,13 @@
 //! The first connection to the server: waits for one that is not up yet, refuses what no waiting
 //! mends, and brings the tables up to date.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use rand::RngExt as _;
-use sqlx::{
-    ConnectOptions as _, Connection as _,
-    migrate::MigrateError,
-    postgres::{PgConnectOptions, PgSslMode},
-};
+use sqlx::{Connection as _, migrate::MigrateError};
 use tokio::time::{Instant, sleep, timeout_at};
-use tokio_rustls::rustls;
 
+use super::servers::{NoServer, Servers};
 use crate::store::{StoreHealth, migrate};
 
 /// How long a server that is not up yet is waited for.
@@ -23,18 +19,18 @@ const CONNECTING: Duration = Duration::from_secs(5);
 /// How long the tables may take; the last try may use it all.
 const MIGRATING: Duration = Duration::from_secs(10);
 
-/// Returns once the server has answered and its tables are this program's. `options` are those of the
-/// connection that makes the tables; `health` learns why it takes so long.
+/// Returns once the server has answered and its tables are this program's. `servers` have the
+/// options of the connection that makes the tables; `health` learns why it takes so long.
 ///
 /// # Errors
 /// One line, without a password.
 pub(super) async fn wait_until_ready(
-    options: &PgConnectOptions,
+    servers: &Servers,
     health: &StoreHealth,
 ) -> Result<(), String> {
     let until = Instant::now() + OPENING;
     loop {
-        let why = match prepare(options, until).await {
+        let why = match prepare(servers, until).await {
             Ok(()) => return Ok(()),
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
@@ -50,11 +46,11 @@ pub(super) async fn wait_until_ready(
     }
 }
 
-async fn prepare(options: &PgConnectOptions, until: Instant) -> Result<(), NotReady> {
+async fn prepare(servers: &Servers, until: Instant) -> Result<(), NotReady> {
     let connected = until.min(Instant::now() + CONNECTING);
-    let mut connection = match timeout_at(connected, options.connect()).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return Err(NotReady::of_connecting(&error, options)),
+    let (mut connection, place) = match timeout_at(connected, servers.connect()).await {
+        Ok(Ok(connected)) => connected,
+        Ok(Err(none)) => return Err(NotReady::of_connecting(&none)),
         Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
     };
     let migrator = migrate::postgres();
@@ -62,7 +58,12 @@ async fn prepare(options: &PgConnectOptions, until: Instant) -> Result<(), NotRe
     let migrating = migrator.run_direct(None, &mut connection, false);
     match timeout_at(Instant::now() + MIGRATING, migrating).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => return Err(NotReady::of_migrating(&error)),
+        Ok(Err(error)) => {
+            if is_read_only(&error) {
+                servers.leave(place);
+            }
+            return Err(NotReady::of_migrating(&error));
+        }
         Err(_) => return Err(NotReady::NotYet("its tables were not made in time".to_owned())),
     }
     let _ = timeout_at(Instant::now() + CONNECTING, connection.close()).await;
@@ -77,26 +78,9 @@ enum NotReady {
 }
 
 impl NotReady {
-    fn of_connecting(error: &sqlx::Error, options: &PgConnectOptions) -> Self {
-        match error {
-            // Wrong password (28), no such database (3D), no privilege (42).
-            sqlx::Error::Database(refusal)
-                if refusal.code().is_some_and(|code| {
-                    ["28", "3D", "42"].iter().any(|class| code.starts_with(class))
-                }) =>
-            {
-                Self::Never(refusal.message().to_owned())
-            }
-            sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => Self::Never(error.to_string()),
-            sqlx::Error::Io(error) if certificate_is_refused(error) => {
-                Self::Never(format!("its certificate: {error}"))
-            }
-            sqlx::Error::Io(error) if file_is_missing(error, options) => {
-                Self::Never(format!("a file of its TLS settings: {error}"))
-            }
-            sqlx::Error::Io(error) => Self::NotYet(error.to_string()),
-            _ => Self::NotYet(error.to_string()),
-        }
+    fn of_connecting(none: &NoServer) -> Self {
+        let why = none.to_string();
+        if none.is_final() { Self::Never(why) } else { Self::NotYet(why) }
     }
 
     fn of_migrating(error: &MigrateError) -> Self {
@@ -120,18 +104,10 @@ impl NotReady {
     }
 }
 
-/// rustls's verdicts come wrapped as I/O errors.
-fn certificate_is_refused(error: &io::Error) -> bool {
-    error
-        .get_ref()
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-        .is_some_and(|error| matches!(error, rustls::Error::InvalidCertificate(_)))
-}
-
-/// `sslrootcert`, `sslcert` or `sslkey`: a Unix socket that is missing is a server that is not up.
-fn file_is_missing(error: &io::Error, options: &PgConnectOptions) -> bool {
-    use io::ErrorKind as K;
-    let over_tcp = options.get_socket().is_none();
-    let tls = !matches!(options.get_ssl_mode(), PgSslMode::Disable | PgSslMode::Allow);
-    over_tcp && tls && matches!(error.kind(), K::NotFound | K::PermissionDenied)
+fn is_read_only(error: &MigrateError) -> bool {
+    let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
+        return false;
+    };
+    // read_only_sql_transaction
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("25006"))
 }
