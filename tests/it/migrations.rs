@@ -4,15 +4,18 @@
 use std::{process::Stdio, time::Duration};
 
 use order_service::proto::{GetRequest, ListRequest, PlaceRequest};
-use rustix::process::Signal;
-use sqlx::{AssertSqlSafe, Executor as _, Row as _};
-use tokio::time::{Instant, timeout};
+use rustix::process::{Pid, Signal, kill_process};
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    time::{Instant, timeout},
+};
 
 use crate::{
     database::Database,
     postgres::{PASSWORD, PostgresServer},
     prune::documented,
-    support::{PATIENCE, Process},
+    support::{PATIENCE, Process, server_command},
     usage::{refusal, run},
 };
 
@@ -165,9 +168,24 @@ fn url_of(server: &PostgresServer, role: &str, password: &str) -> String {
     server.url().replace(&format!("postgres:{PASSWORD}"), &format!("{role}:{password}"))
 }
 
+/// Runs a script of docs/database.md as a managed cloud's administrator, who is no superuser.
+async fn as_administrator(server: &PostgresServer, words: &[&str]) {
+    let role = format!(
+        "CREATE ROLE administrator LOGIN CREATEROLE PASSWORD '{PASSWORD}'; \
+         ALTER DATABASE postgres OWNER TO administrator"
+    );
+    server.connect().await.execute(AssertSqlSafe(role)).await.unwrap();
+    let mut connection = connect(&url_of(server, "administrator", PASSWORD)).await;
+    connection.execute(AssertSqlSafe(documented(words))).await.unwrap();
+}
+
+async fn connect(url: &str) -> PgConnection {
+    PgConnection::connect(url).await.unwrap()
+}
+
 /// Statements that the serving role must not be able to run.
 async fn is_restricted(url: &str) {
-    let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(url).await.unwrap();
+    let mut connection = connect(url).await;
     for statement in [
         "CREATE TABLE other (id INT4)",
         "ALTER TABLE orders ADD COLUMN other TEXT",
@@ -186,8 +204,7 @@ async fn is_restricted(url: &str) {
 #[ignore = "needs PostgreSQL's server programs; run by make test"]
 async fn the_service_needs_no_more_than_select_and_insert() {
     let server = PostgresServer::start().await;
-    let roles = documented(&["CREATE ROLE orders LOGIN"]);
-    server.connect().await.execute(AssertSqlSafe(roles)).await.unwrap();
+    as_administrator(&server, &["CREATE ROLE orders LOGIN"]).await;
     let owner = url_of(&server, "orders_owner", "OWNER-PASSWORD");
     let serving = url_of(&server, "orders", "SERVICE-PASSWORD");
 
@@ -217,8 +234,7 @@ async fn a_database_of_one_role_gets_two_while_it_serves() {
     let service = Process::start(&serving, &[]).await;
     serves(&service, "one-role").await;
 
-    let split = documented(&["OWNER TO orders_owner"]);
-    server.connect().await.execute(AssertSqlSafe(split)).await.unwrap();
+    as_administrator(&server, &["OWNER TO orders_owner"]).await;
     serves(&service, "two-roles").await;
     assert_eq!(service.terminate().await, Some(0));
 
@@ -283,18 +299,15 @@ async fn migrate_takes_as_long_as_its_statements_do() {
 async fn a_migrate_that_is_told_to_end_fails() {
     // A name that cannot be resolved (RFC 6761): it is waited for.
     let url = "postgres://orders@database.invalid/orders";
-    let mut command = crate::support::server_command(&["migrate", "--database-url", url]);
+    let mut command = server_command(&["migrate", "--database-url", url]);
     command.env("ORDER_LOG_FORMAT", "json").env("RUST_LOG", "debug");
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    let pid = rustix::process::Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
-    let mut lines = tokio::io::BufReader::new(child.stderr.take().unwrap());
+    let pid = Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     // Its first words: from then on signals are handled.
-    timeout(PATIENCE, tokio::io::AsyncBufReadExt::read_line(&mut lines, &mut line))
-        .await
-        .expect("it says that it waits")
-        .unwrap();
-    rustix::process::kill_process(pid, Signal::TERM).unwrap();
+    timeout(PATIENCE, lines.read_line(&mut line)).await.expect("it says that it waits").unwrap();
+    kill_process(pid, Signal::TERM).unwrap();
     let ended = timeout(Duration::from_secs(20), child.wait()).await.expect("at once").unwrap();
     assert_eq!(ended.code(), Some(1), "{line}");
 }
