@@ -19,6 +19,12 @@ stack: tools
 	$(CARGO) build --release
 	PATH="$(TOOLS)/bin:$$PATH" python3 -B stack/stack.py
 
+## A Patroni cluster that fails over under an audited load: four faults, nothing lost, nothing doubled
+.PHONY: failover
+failover: tools
+	$(CARGO) build --release
+	PATH="$(TOOLS)/bin:$$PATH" python3 -B stack/failover.py
+
 ## docs/dashboard.png: the dashboard's main panels after the tutorial's load test on the local stack
 .PHONY: picture
 picture: tools

@@ -17,6 +17,7 @@ use std::{
 };
 
 use order_service::{
+    config::Migrations,
     metrics::Metrics,
     order::{Order, Quantity},
     store::{NewOrder, Store, StoreHealth, Writers},
@@ -77,7 +78,8 @@ impl Replica {
     async fn open(url: &str) -> Self {
         let metrics = Metrics::new("bench", "bench").unwrap();
         let (url, health) = (url.parse().unwrap(), StoreHealth::new());
-        let (store, writers) = Store::open(url, 4, metrics.store.clone(), health).await.unwrap();
+        let opened = Store::open(url, 4, Migrations::Apply, metrics.store.clone(), health).await;
+        let (store, writers) = opened.unwrap();
         Self { store, writers, metrics }
     }
 

@@ -21,7 +21,7 @@ use crate::{
     layers::{InFlight, ServedBy, Stack},
     listener::{self, KEEP_ALIVE, Limits, MAX_STREAMS, OVERTIME, Phase, Shutdown, Tls},
     metrics::{ConnectionMetrics, LogMetrics, Metrics, layer::Metered},
-    store::{Store, StoreHealth, Writers},
+    store::{self, Store, StoreHealth, Writers},
     workers::Workers,
 };
 
@@ -100,6 +100,7 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
     let opening = Store::open(
         settings.database_url.clone(),
         settings.database_pool,
+        settings.migrations,
         metrics.store.clone(),
         store_health,
     );
@@ -144,6 +145,20 @@ pub async fn run(settings: &Settings, inputs: Inputs, extra: Extra) -> anyhow::R
     reporting.abort();
     failure_log.report_now();
     ended
+}
+
+/// Brings the tables of the database up to date.
+///
+/// # Errors
+/// If they cannot be, or a signal to drain comes first.
+pub async fn migrate(settings: &Settings, signals: &Signals) -> anyhow::Result<()> {
+    let applied = tokio::select! {
+        applied = store::migrate(&settings.database_url) => applied?,
+        () = signals.drain.cancelled() => anyhow::bail!("ended by a signal before it was done"),
+    };
+    let database = settings.database_url.kind();
+    tracing::info!(database, ?applied, "the tables are up to date");
+    Ok(())
 }
 
 /// Everything that is to be ended, in the order of [`drain`].

@@ -5,7 +5,7 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::usage::{self, NoArguments, pem_file};
 
@@ -25,8 +25,17 @@ pub use self::{
 /// 30s, 5m.
 #[derive(Debug, Clone, Parser)]
 #[allow(clippy::doc_markdown, reason = "clap shows these comments as they stand")]
-#[command(name = "order-service", version = env!("CARGO_PKG_VERSION"), max_term_width = 100)]
+#[command(
+    name = "order-service",
+    version = env!("CARGO_PKG_VERSION"),
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
 pub struct Settings {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// Address of the API listener: gRPC and REST, HTTP/1.1 and HTTP/2, on one port
     #[arg(long, env = "ORDER_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:8181", value_parser = address)]
     pub listen: SocketAddr,
@@ -43,9 +52,15 @@ pub struct Settings {
         env = "DATABASE_URL",
         value_name = "URL",
         default_value = "sqlite://orders.db",
-        hide_env_values = true
+        hide_env_values = true,
+        global = true
     )]
     pub database_url: DatabaseUrl,
+
+    /// What the start does with tables that are older than this program: apply brings them up to
+    /// date, check refuses them. Tables that are newer by additive migrations alone are accepted
+    #[arg(long, env = "ORDER_MIGRATIONS", value_name = "MODE", default_value = "apply")]
+    pub migrations: Migrations,
 
     /// PostgreSQL connections of this process; times the replicas, they must fit into the server's
     /// max_connections
@@ -120,12 +135,35 @@ pub struct Settings {
     pub tls_client_crl: Option<PathBuf>,
 
     /// Form of the log lines on stderr
-    #[arg(long, env = "ORDER_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    #[arg(
+        long,
+        env = "ORDER_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value = "text",
+        global = true
+    )]
     pub log_format: LogFormat,
 
     /// Threads that serve connections, each connection on one [default: one per available core]
     #[arg(long, env = "ORDER_WORKER_THREADS", value_name = "COUNT", value_parser = count::<1024>)]
     pub worker_threads: Option<usize>,
+}
+
+/// What the program does instead of serving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Brings the tables of the database up to date, then exits: 0 once they are, 1 if they cannot
+    /// be. Needs a role that may create and alter tables; serving needs SELECT and INSERT
+    Migrate,
+}
+
+/// What the start does with tables that are older than the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Migrations {
+    /// Brings them up to date.
+    Apply,
+    /// Refuses them.
+    Check,
 }
 
 /// Form of the log lines.
@@ -148,8 +186,24 @@ impl Settings {
             "--database-url" => without_password(value),
             _ => value.to_owned(),
         })?;
-        settings.check_tls()?;
+        if settings.command == Some(Command::Migrate) {
+            settings.check_migrate()?;
+        } else {
+            settings.check_tls()?;
+        }
         Ok(settings)
+    }
+
+    fn check_migrate(&self) -> Result<(), NoArguments> {
+        if !matches!(self.database_url, DatabaseUrl::SqliteMemory) {
+            return Ok(());
+        }
+        let line = format!(
+            "--database-url {:?}: expected a database that outlasts migrate, sqlite://PATH or \
+             postgres://USER:PASSWORD@HOST/DATABASE",
+            self.database_url.to_string()
+        );
+        Err(NoArguments::BadUsage(line))
     }
 
     fn check_tls(&self) -> Result<(), NoArguments> {

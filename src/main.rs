@@ -7,7 +7,7 @@ use mimalloc::MiMalloc;
 use order_service::{
     api::Extra,
     app::{self, Ended, Inputs, Signals},
-    config::Settings,
+    config::{Command, Settings},
     layers::ServedBy,
     listener::{Tls, TlsFiles},
     logs::{Log, NoLog},
@@ -41,7 +41,11 @@ fn main() -> ExitCode {
         }
     };
     panics::log_panics();
-    match run(&settings, tls, log.metrics()) {
+    let ended = match settings.command {
+        Some(Command::Migrate) => migrate(&settings).map(|()| Ended::Drained),
+        None => run(&settings, tls, log.metrics()),
+    };
+    match ended {
         Ok(Ended::Drained) => ExitCode::SUCCESS,
         Ok(Ended::CutOff) => ExitCode::from(3),
         Err(error) => {
@@ -54,7 +58,7 @@ fn main() -> ExitCode {
 fn read_settings() -> Result<(Settings, Option<Tls>), NoArguments> {
     let settings = Settings::read(env::args_os())?;
     let tls = match (&settings.tls_cert, &settings.tls_key) {
-        (Some(cert), Some(key)) => Some(Tls::load(TlsFiles {
+        (Some(cert), Some(key)) if settings.command.is_none() => Some(Tls::load(TlsFiles {
             cert: cert.clone(),
             key: key.clone(),
             client_ca: settings.tls_client_ca.clone(),
@@ -74,8 +78,7 @@ fn start_log(settings: &Settings) -> Result<Log, NoLog> {
 fn run(settings: &Settings, tls: Option<Tls>, log: LogMetrics) -> anyhow::Result<Ended> {
     let open_files = rlimit::increase_nofile_limit(u64::MAX).context("the limit of open files")?;
     // The first of the worker threads is this one; the library starts the others.
-    let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().build().context("the runtime")?;
+    let runtime = runtime()?;
     let ended = runtime.block_on(async {
         // Before any socket opens: a supervisor that sees the port may send a signal at once.
         let signals = signals()?;
@@ -94,6 +97,17 @@ fn run(settings: &Settings, tls: Option<Tls>, log: LogMetrics) -> anyhow::Result
     // What a blocking call may still wait for, a disk or a name server, is not waited for.
     runtime.shutdown_background();
     ended
+}
+
+fn migrate(settings: &Settings) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let migrated = runtime.block_on(async { app::migrate(settings, &signals()?).await });
+    runtime.shutdown_background();
+    migrated
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("the runtime")
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {

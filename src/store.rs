@@ -16,7 +16,7 @@ use self::{
     engine::{Engine, Failure, Purpose, Remedy},
 };
 use crate::{
-    config::DatabaseUrl,
+    config::{DatabaseUrl, Migrations},
     metrics::StoreMetrics,
     order::{IdempotencyKey, Order, OrderId, Placed},
 };
@@ -82,26 +82,28 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens a database and brings its tables up to date. A PostgreSQL server that is not up yet is
-    /// waited for, at most 30 s; `health` tells why meanwhile. `pool` is the number of connections
-    /// to it, at least 1.
+    /// Opens a database, and applies pending migrations if `migrations` allows it. Waits at most
+    /// 30 s for a PostgreSQL server that is not up yet; `health` says why meanwhile. `pool` is the
+    /// number of connections to it, at least 1.
     ///
     /// # Errors
-    /// If the database cannot be reached, is locked by another process, refuses the login, or was
-    /// made by a newer version.
+    /// If the database cannot be reached, is locked by another process or refuses the login, or its
+    /// tables lack migrations that must not be applied, or have newer ones that are not additive.
     pub async fn open(
         url: DatabaseUrl,
         pool: usize,
+        migrations: Migrations,
         metrics: StoreMetrics,
         health: StoreHealth,
     ) -> Result<(Self, Writers), OpenError> {
         let opened = match &url {
             DatabaseUrl::SqliteFile(path) => {
-                sqlite::Sqlite::open_file(path, &health).await.map(Engine::Sqlite)
+                sqlite::Sqlite::open_file(path, migrations, &health).await.map(Engine::Sqlite)
             }
             DatabaseUrl::SqliteMemory => sqlite::Sqlite::open_memory().await.map(Engine::Sqlite),
             DatabaseUrl::Postgres(url) => {
-                postgres::Postgres::open(url, pool, &health).await.map(Engine::Postgres)
+                let opened = postgres::Postgres::open(url, pool, migrations, &health).await;
+                opened.map(Engine::Postgres)
             }
         };
         let engine = opened.map_err(|cause| OpenError { url: url.to_string(), cause })?;
@@ -170,6 +172,21 @@ impl Store {
             Err(_) => Err(StoreError::DeadlineExceeded),
         }
     }
+}
+
+/// Applies the pending migrations of a database and returns their versions, without a time limit for
+/// their statements. Waits for a PostgreSQL server as [`Store::open`] does.
+///
+/// # Errors
+/// As [`Store::open`].
+pub async fn migrate(url: &DatabaseUrl) -> Result<Vec<i64>, OpenError> {
+    let applied = match url {
+        DatabaseUrl::SqliteFile(path) => sqlite::Sqlite::migrate_file(path).await,
+        // Its tables end with the process.
+        DatabaseUrl::SqliteMemory => Ok(Vec::new()),
+        DatabaseUrl::Postgres(url) => postgres::Postgres::migrate(url).await,
+    };
+    applied.map_err(|cause| OpenError { url: url.to_string(), cause })
 }
 
 /// The writing half of a store.

@@ -78,6 +78,13 @@ pub fn read<A: Parser>(
 ) -> Result<A, NoArguments> {
     A::try_parse_from(args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => NoArguments::Asked(error.to_string()),
+        ErrorKind::InvalidSubcommand => {
+            let given = error.get(ContextKind::InvalidSubcommand).map(ToString::to_string);
+            let command = A::command();
+            let known: Vec<_> = command.get_subcommands().map(clap::Command::get_name).collect();
+            let (given, known) = (given.unwrap_or_default(), known.join(", "));
+            NoArguments::BadUsage(format!("{given:?}: expected {known} or a flag of --help"))
+        }
         _ => NoArguments::BadUsage(one_line(&error, shown)),
     })
 }

@@ -24,6 +24,8 @@ need cc build-essential
 need valgrind valgrind
 need python3 python3-venv
 need npm npm
+need etcd etcd-server
+need patroni patroni
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 if [ ${#missing[@]} -gt 0 ]; then
   as_root apt-get update -q

@@ -10,14 +10,14 @@ use sqlx::{
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use self::{connections::Connections, servers::Servers};
+use self::{connections::Connections, opening::Tables, servers::Servers};
 use super::{
     NewOrder, StoreHealth,
     engine::{Failure, Outcome, Purpose},
     rows::{Stored, millis, resolve},
 };
 use crate::{
-    config::PostgresUrl,
+    config::{Migrations, PostgresUrl},
     metrics::StoreErrorKind,
     order::{IdempotencyKey, Order, OrderId},
 };
@@ -66,13 +66,20 @@ impl Postgres {
     pub(super) async fn open(
         url: &PostgresUrl,
         pool: usize,
+        migrations: Migrations,
         health: &StoreHealth,
     ) -> Result<Self, String> {
         let servers = Servers::new(url);
         // Without the time limits: a migration of a large table takes what it takes.
-        opening::wait_until_ready(&servers, health).await?;
+        opening::wait_until_ready(&servers, Tables::Serve(migrations), health).await?;
         let servers = servers.map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]));
         Ok(Self { connections: Connections::new(servers, pool, WRITERS) })
+    }
+
+    /// Applies the pending migrations and returns their versions.
+    pub(super) async fn migrate(url: &PostgresUrl) -> Result<Vec<i64>, String> {
+        let health = StoreHealth::new();
+        opening::wait_until_ready(&Servers::new(url), Tables::Migrate, &health).await
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {

@@ -19,11 +19,12 @@ use self::{
 use super::{
     NewOrder, StoreHealth,
     engine::{Failure, Outcome, Purpose},
-    migrate,
+    migrate::{self, Applied, REMEDY},
     readers::{self, Readers},
     rows::{Stored, millis, resolve},
 };
 use crate::{
+    config::Migrations,
     metrics::StoreErrorKind,
     order::{IdempotencyKey, Order, OrderId},
 };
@@ -68,20 +69,18 @@ pub(super) struct Sqlite {
 }
 
 impl Sqlite {
-    pub(super) async fn open_file(path: &Path, health: &StoreHealth) -> Result<Self, String> {
+    pub(super) async fn open_file(
+        path: &Path,
+        migrations: Migrations,
+        health: &StoreHealth,
+    ) -> Result<Self, String> {
+        if migrations == Migrations::Check && !path.exists() {
+            return Err(format!("no such file, and --migrations check makes none: {REMEDY}"));
+        }
         let lock = Arc::new(Lock::take(path)?);
-        let options = SqliteConnectOptions::new()
-            .filename(lock.database())
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            // NORMAL loses acknowledged orders when the machine loses power.
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(BUSY_TIMEOUT)
-            // The next commit truncates a WAL that a large batch made longer.
-            .pragma("journal_size_limit", WAL_LIMIT.to_string())
-            // Durations are in the metrics, failures in our own lines.
-            .disable_statement_logging();
-        let writer = open(SqlitePoolOptions::new().max_connections(1), &options).await?;
+        let options = file_options(&lock);
+        let writer = open(SqlitePoolOptions::new().max_connections(1), &options, migrations).await;
+        let (writer, _) = writer?;
         let readers = SqlitePoolOptions::new().max_connections(READERS);
         let readers = readers.connect_lazy_with(options.create_if_missing(false));
         let turns = Arc::new(Readers::new(READERS as usize));
@@ -91,18 +90,29 @@ impl Sqlite {
         Ok(Self { writer, readers, turns, file: Some((lock, maintainer)) })
     }
 
-    /// One connection for all: each has a memory of its own, and it ends with its connection.
+    /// One connection for all: each has a memory of its own, and it ends with its connection. The
+    /// tables are new, so they are always made here.
     pub(super) async fn open_memory() -> Result<Self, String> {
         let one = SqlitePoolOptions::new().max_connections(1).idle_timeout(None).max_lifetime(None);
         // A caller that goes while its connection is tested takes that connection with it.
         let one = one.test_before_acquire(false);
-        let pool = open(one, &SqliteConnectOptions::new().in_memory(true)).await?;
+        let options = SqliteConnectOptions::new().in_memory(true);
+        let (pool, _) = open(one, &options, Migrations::Apply).await?;
         Ok(Self {
             writer: pool.clone(),
             readers: pool,
             turns: Arc::new(Readers::new(1)),
             file: None,
         })
+    }
+
+    /// Applies the pending migrations and returns their versions.
+    pub(super) async fn migrate_file(path: &Path) -> Result<Vec<i64>, String> {
+        let lock = Lock::take(path)?;
+        let one = SqlitePoolOptions::new().max_connections(1);
+        let (pool, applied) = open(one, &file_options(&lock), Migrations::Apply).await?;
+        pool.close().await;
+        Ok(applied)
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
@@ -181,13 +191,47 @@ impl Sqlite {
     }
 }
 
+fn file_options(lock: &Lock) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(lock.database())
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        // NORMAL loses acknowledged orders when the machine loses power.
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        // The next commit truncates a WAL that a large batch made longer.
+        .pragma("journal_size_limit", WAL_LIMIT.to_string())
+        // Durations are in the metrics, failures in our own lines.
+        .disable_statement_logging()
+}
+
+/// Opens the database; returns the migrations that were applied, too.
 async fn open(
     pool: SqlitePoolOptions,
     options: &SqliteConnectOptions,
-) -> Result<SqlitePool, String> {
+    migrations: Migrations,
+) -> Result<(SqlitePool, Vec<i64>), String> {
     let pool = pool.connect_with(options.clone()).await.map_err(|error| error.to_string())?;
-    migrate::sqlite().run(&pool).await.map_err(|error| format!("its tables: {error}"))?;
-    Ok(pool)
+    let migrator = migrate::sqlite();
+    let applied = applied(&pool).await.map_err(|error| format!("its tables: {error}"))?;
+    let difference = migrate::compare(&migrator, &applied)?;
+    if let (Migrations::Check, Some(why)) = (migrations, difference.refusal()) {
+        return Err(why);
+    }
+    if !difference.pending.is_empty() {
+        migrator.run(&pool).await.map_err(|error| format!("its tables: {error}"))?;
+    }
+    difference.warn_if_newer();
+    Ok((pool, difference.pending))
+}
+
+/// The applied migrations; none if nothing was ever applied.
+async fn applied(pool: &SqlitePool) -> Result<Vec<Applied>, sqlx::Error> {
+    let list = "SELECT 1 FROM sqlite_schema WHERE name = '_sqlx_migrations'";
+    if sqlx::query(list).fetch_optional(pool).await?.is_none() {
+        return Ok(Vec::new());
+    }
+    sqlx::query_as(migrate::LIST).fetch_all(pool).await
 }
 
 /// The statement for that many orders. Its rows are a power of two, so that a few statements serve

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use order_service::{
-    config::DatabaseUrl,
+    config::{DatabaseUrl, Migrations},
     metrics::Metrics,
     order::{Order, Placed, Quantity},
     store::{NewOrder, Store, StoreError, StoreHealth, Writers},
@@ -126,7 +126,8 @@ impl Opened {
         let url: DatabaseUrl = url.parse().unwrap();
         let metrics = Metrics::new("0", "0").unwrap();
         let health = StoreHealth::new();
-        let opened = Store::open(url, 4, metrics.store.clone(), health.clone()).await;
+        let store = metrics.store.clone();
+        let opened = Store::open(url, 4, Migrations::Apply, store, health.clone()).await;
         let (store, writers) = opened.map_err(|error| error.to_string())?;
         Ok(Self { store, writers, metrics, health })
     }

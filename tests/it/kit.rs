@@ -8,6 +8,7 @@ use tokio::process::Command;
 
 mod discovery;
 mod manifests;
+mod migrate;
 mod names;
 mod program;
 mod queries;

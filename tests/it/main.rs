@@ -38,6 +38,7 @@ mod logs;
 mod malformed;
 mod manners;
 mod metrics;
+mod migrations;
 mod outages;
 mod overload;
 mod peers;

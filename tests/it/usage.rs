@@ -5,7 +5,7 @@ use std::process::{Output, Stdio};
 use crate::support::{Process, database_in, server_command};
 
 /// Runs the server to its end, which must come by itself.
-async fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
+pub async fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = server_command(args);
     command.envs(env.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let ended = tokio::time::timeout(crate::support::PATIENCE, command.output());
@@ -45,6 +45,7 @@ async fn a_bad_value_is_refused_in_one_line_that_names_it() {
         ("--read-timeout", "0ms", "at least 1ms"),
         ("--worker-threads", "0", "from 1"),
         ("--log-format", "xml", "text or json"),
+        ("--migrations", "maybe", "apply or check"),
         ("--tls-cert", "cert.pem", "--tls-key"),
         ("--tls-key", "key.pem", "--tls-cert"),
         ("--tls-client-ca", "ca.pem", "--tls-cert"),
@@ -83,6 +84,7 @@ async fn the_environment_is_refused_alike() {
         ("ORDER_FINAL_SCRAPE_TIMEOUT", "--final-scrape-timeout"),
         ("ORDER_FINAL_SCRAPES", "--final-scrapes"),
         ("ORDER_LOG_FORMAT", "--log-format"),
+        ("ORDER_MIGRATIONS", "--migrations"),
         ("ORDER_DATABASE_POOL", "--database-pool"),
         ("ORDER_READ_TIMEOUT", "--read-timeout"),
         ("ORDER_WORKER_THREADS", "--worker-threads"),
@@ -105,7 +107,11 @@ async fn an_unknown_flag_or_a_missing_value_is_refused() {
     let line = refusal(&["--max-inflight", "3"], &[], 2).await;
     assert!(line.contains("--max-inflight"), "{line}");
     let line = refusal(&["serve"], &[], 2).await;
-    assert!(line.contains("serve"), "{line}");
+    assert!(line.contains("serve") && line.contains("migrate"), "{line}");
+    let line = refusal(&["migrate", "--listen", "127.0.0.1:0"], &[], 2).await;
+    assert!(line.contains("--listen"), "{line}");
+    let line = refusal(&["migrate", "now"], &[], 2).await;
+    assert!(line.contains("now"), "{line}");
     let line = refusal(&["--listen"], &[], 2).await;
     assert!(line.contains("--listen"), "{line}");
     let line = refusal(&["--max-in-flight", "3", "--max-in-flight", "4"], &[], 2).await;
@@ -164,6 +170,9 @@ async fn help_documents_every_flag_with_its_variable_and_default() {
         "--tls-client-crl",
         "ORDER_TLS_CLIENT_CRL",
         "--log-format",
+        "--migrations",
+        "ORDER_MIGRATIONS",
+        "migrate",
         "--database-pool",
         "--read-timeout",
         "--worker-threads",

@@ -5,7 +5,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::{
     app::{AdminServer, ApiServer},
-    config::DatabaseUrl,
+    config::{DatabaseUrl, Migrations},
     layers::InFlight,
     listener::Shutdown,
     metrics::Metrics,
@@ -16,7 +16,13 @@ use crate::{
 #[tokio::test]
 async fn a_writer_that_ends_by_itself_drains_the_rest_and_is_the_error() {
     let metrics = Metrics::new("0", "test").unwrap();
-    let opening = Store::open(DatabaseUrl::SqliteMemory, 1, metrics.store, StoreHealth::new());
+    let opening = Store::open(
+        DatabaseUrl::SqliteMemory,
+        1,
+        Migrations::Apply,
+        metrics.store,
+        StoreHealth::new(),
+    );
     let (store, writers) = opening.await.unwrap();
     // The writer ends while the API serves.
     drop(store);

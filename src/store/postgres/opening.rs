@@ -1,14 +1,20 @@
-//! The first connection to the server: waits for one that is not up yet, refuses what no waiting
-//! mends, and brings the tables up to date.
+//! The first connection to the server: waits for a server that is not up yet, refuses what no
+//! waiting changes, and compares or migrates the tables.
 
 use std::time::Duration;
 
 use rand::RngExt as _;
-use sqlx::{Connection as _, migrate::MigrateError};
-use tokio::time::{Instant, sleep, timeout_at};
+use sqlx::{Connection as _, migrate::MigrateError, postgres::PgConnection};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::servers::{NoServer, Servers};
-use crate::store::{StoreHealth, migrate};
+use crate::{
+    config::Migrations,
+    store::{
+        StoreHealth,
+        migrate::{self, Applied, Difference, REMEDY},
+    },
+};
 
 /// How long a server that is not up yet is waited for.
 const OPENING: Duration = Duration::from_secs(30);
@@ -16,22 +22,45 @@ const OPENING: Duration = Duration::from_secs(30);
 /// How long one try waits for the server to accept a connection.
 const CONNECTING: Duration = Duration::from_secs(5);
 
-/// How long the tables may take; the last try may use it all.
+/// Limit of applying migrations at the start; the last attempt may use all of it.
 const MIGRATING: Duration = Duration::from_secs(10);
 
-/// Returns once the server has answered and its tables are this program's. `servers` have the
-/// options of the connection that makes the tables; `health` learns why it takes so long.
+/// `order-service migrate` has all the time that its statements need.
+const UNBOUNDED: Duration = Duration::from_secs(10 * 365 * 86_400);
+
+/// Limit of reading what the server has.
+const COMPARING: Duration = Duration::from_secs(5);
+
+const UNDEFINED_TABLE: &str = "42P01";
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+
+/// What an opening does with the tables.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Tables {
+    /// Makes them ready for serving.
+    Serve(Migrations),
+    /// Migrates them without a time limit.
+    Migrate,
+}
+
+/// Returns once a server has answered and its tables fit this program, with the migrations that were
+/// applied. `servers` have the options of the connection that applies them; `health` learns why it
+/// takes so long.
 ///
 /// # Errors
 /// One line, without a password.
 pub(super) async fn wait_until_ready(
     servers: &Servers,
+    tables: Tables,
     health: &StoreHealth,
-) -> Result<(), String> {
+) -> Result<Vec<i64>, String> {
     let until = Instant::now() + OPENING;
     loop {
-        let why = match prepare(servers, until).await {
-            Ok(()) => return Ok(()),
+        let why = match prepare(servers, tables, until).await {
+            Ok(difference) => {
+                difference.warn_if_newer();
+                return Ok(difference.pending);
+            }
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
         };
@@ -46,7 +75,12 @@ pub(super) async fn wait_until_ready(
     }
 }
 
-async fn prepare(servers: &Servers, until: Instant) -> Result<(), NotReady> {
+/// Returns how the tables differed; what was pending is applied.
+async fn prepare(
+    servers: &Servers,
+    tables: Tables,
+    until: Instant,
+) -> Result<Difference, NotReady> {
     let connected = until.min(Instant::now() + CONNECTING);
     let (mut connection, place) = match timeout_at(connected, servers.connect()).await {
         Ok(Ok(connected)) => connected,
@@ -54,20 +88,52 @@ async fn prepare(servers: &Servers, until: Instant) -> Result<(), NotReady> {
         Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
     };
     let migrator = migrate::postgres();
-    // `Migrator::run` on a connection makes a future that is not `Send`; sqlx has this for it.
-    let migrating = migrator.run_direct(None, &mut connection, false);
-    match timeout_at(Instant::now() + MIGRATING, migrating).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            if is_read_only(&error) {
-                servers.leave(place);
-            }
-            return Err(NotReady::of_migrating(&error));
-        }
-        Err(_) => return Err(NotReady::NotYet("its tables were not made in time".to_owned())),
+    let seen = timeout(COMPARING, look(&mut connection)).await;
+    let (applied, read_only) =
+        seen.map_err(|_| NotReady::NotYet("it does not answer".to_owned()))??;
+    let difference = migrate::compare(&migrator, &applied).map_err(NotReady::Never)?;
+    if read_only {
+        servers.leave(place);
+        return Err(NotReady::NotYet("it takes no writes (transaction_read_only)".to_owned()));
     }
-    let _ = timeout_at(Instant::now() + CONNECTING, connection.close()).await;
-    Ok(())
+    if let (Tables::Serve(Migrations::Check), Some(why)) = (tables, difference.refusal()) {
+        return Err(NotReady::Never(why));
+    }
+    // Applying begins with CREATE TABLE, which needs more rights than serving.
+    if !difference.pending.is_empty() {
+        let limit = match tables {
+            Tables::Serve(_) => MIGRATING,
+            Tables::Migrate => UNBOUNDED,
+        };
+        // `Migrator::run` on a connection makes a future that is not `Send`; sqlx has this for it.
+        match timeout(limit, migrator.run_direct(None, &mut connection, false)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(NotReady::of_migrating(&error)),
+            Err(_) => {
+                let seconds = MIGRATING.as_secs();
+                let why = format!("its migrations took longer than {seconds} s");
+                return Err(NotReady::NotYet(format!("{why}: {REMEDY}, which has no time limit")));
+            }
+        }
+    }
+    let _ = timeout(CONNECTING, connection.close()).await;
+    Ok(difference)
+}
+
+/// The applied migrations, none if nothing was ever applied; and whether the server takes no writes.
+async fn look(connection: &mut PgConnection) -> Result<(Vec<Applied>, bool), NotReady> {
+    let applied = match sqlx::query_as(migrate::LIST).fetch_all(&mut *connection).await {
+        Ok(applied) => applied,
+        Err(error) if has_code(&error, UNDEFINED_TABLE) => Vec::new(),
+        Err(error) => return Err(NotReady::of_tables(&error, "")),
+    };
+    let read_only = sqlx::query_scalar("SHOW transaction_read_only").fetch_one(connection).await;
+    let read_only: String = read_only.map_err(|error| NotReady::of_tables(&error, ""))?;
+    Ok((applied, read_only == "on"))
+}
+
+fn has_code(error: &sqlx::Error, code: &str) -> bool {
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(code))
 }
 
 enum NotReady {
@@ -85,29 +151,25 @@ impl NotReady {
 
     fn of_migrating(error: &MigrateError) -> Self {
         match error {
-            MigrateError::VersionMissing(version) => Self::Never(format!(
-                "its tables were made by a newer version of this program (migration {version})"
-            )),
-            MigrateError::VersionMismatch(version) => {
-                Self::Never(format!("its migration {version} is not this program's"))
+            MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => {
+                let remedy = format!(": {REMEDY} with a role that may create tables");
+                Self::of_tables(error, &remedy)
             }
-            MigrateError::Execute(sqlx::Error::Database(refusal))
-            | MigrateError::ExecuteMigration(sqlx::Error::Database(refusal), _)
-                // insufficient_privilege
-                if refusal.code().as_deref() == Some("42501") =>
-            {
-                Self::Never(format!("its tables: {}", refusal.message()))
-            }
-            // Replicas that start together get into each other's way once.
             other => Self::NotYet(format!("its tables: {other}")),
         }
     }
-}
 
-fn is_read_only(error: &MigrateError) -> bool {
-    let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
-        return false;
-    };
-    // read_only_sql_transaction
-    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("25006"))
+    /// `remedy` is for a missing privilege.
+    fn of_tables(error: &sqlx::Error, remedy: &str) -> Self {
+        let message = match error.as_database_error() {
+            Some(refusal) => refusal.message().to_owned(),
+            None => error.to_string(),
+        };
+        if has_code(error, INSUFFICIENT_PRIVILEGE) {
+            Self::Never(format!("its tables: {message}{remedy}"))
+        } else {
+            // Replicas that start together get into each other's way once.
+            Self::NotYet(format!("its tables: {message}"))
+        }
+    }
 }
