@@ -7,7 +7,10 @@ use rand::RngExt as _;
 use sqlx::{Connection as _, migrate::MigrateError};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::servers::{NoServer, Servers};
+use super::{
+    durability::Durability,
+    servers::{NoServer, Servers},
+};
 use crate::store::{StoreHealth, migrate};
 
 /// How long a server that is not up yet is waited for.
@@ -19,19 +22,20 @@ const CONNECTING: Duration = Duration::from_secs(5);
 /// How long the tables may take; the last try may use it all.
 const MIGRATING: Duration = Duration::from_secs(10);
 
-/// Returns once the server has answered and its tables are this program's. `servers` have the
-/// options of the connection that makes the tables; `health` learns why it takes so long.
+/// Returns once the server has answered and its tables are this program's: whether a read can wait
+/// for a synchronous standby. `servers` have the options of the connection that makes the tables;
+/// `health` learns why it takes so long.
 ///
 /// # Errors
 /// One line, without a password.
 pub(super) async fn wait_until_ready(
     servers: &Servers,
     health: &StoreHealth,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     let until = Instant::now() + OPENING;
     loop {
         let why = match prepare(servers, until).await {
-            Ok(()) => return Ok(()),
+            Ok(confirms) => return Ok(confirms),
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
         };
@@ -46,7 +50,7 @@ pub(super) async fn wait_until_ready(
     }
 }
 
-async fn prepare(servers: &Servers, until: Instant) -> Result<(), NotReady> {
+async fn prepare(servers: &Servers, until: Instant) -> Result<bool, NotReady> {
     let connected = until.min(Instant::now() + CONNECTING);
     let (mut connection, place) = match timeout_at(connected, servers.connect()).await {
         Ok(Ok(connected)) => connected,
@@ -66,8 +70,16 @@ async fn prepare(servers: &Servers, until: Instant) -> Result<(), NotReady> {
         }
         Err(_) => return Err(NotReady::NotYet("its tables were not made in time".to_owned())),
     }
+    let reading = Durability::read(&mut connection);
+    let durability = match timeout_at(Instant::now() + CONNECTING, reading).await {
+        Ok(Ok(durability)) => durability,
+        Ok(Err(error)) => return Err(NotReady::NotYet(error.to_string())),
+        Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
+    };
+    let confirms = durability.confirms().map_err(NotReady::Never)?;
+    durability.warn();
     let _ = timeout_at(Instant::now() + CONNECTING, connection.close()).await;
-    Ok(())
+    Ok(confirms)
 }
 
 enum NotReady {
