@@ -148,6 +148,32 @@ async fn compare_replicas(url: &str, callers: usize) {
     second.close().await;
 }
 
+/// New orders and replays by turns; prints a line. A replay is answered after a commit of its own,
+/// one for each batch.
+async fn compare_replays(url: &str, callers: usize) {
+    let replica = Replica::open(url).await;
+    let placed = NewOrder { key: Some("bench".parse().unwrap()), ..new_order() };
+    let replay = {
+        let store = replica.store.clone();
+        move || {
+            let (store, order) = (store.clone(), new_order().order);
+            let again = NewOrder { order, ..placed.clone() };
+            async move {
+                let deadline = Instant::now() + Duration::from_secs(30);
+                store.place(again, deadline).await.unwrap();
+            }
+        }
+    };
+    let (mut new, mut replays) = (Vec::new(), Vec::new());
+    for _ in 0..TURNS {
+        new.push(grouped_rate(&[&replica.store], callers).await);
+        replays.push(rate(callers, replay.clone()).await);
+    }
+    let (new, replays) = (median(new), median(replays));
+    println!("{callers:>7} {new:>12.0} {replays:>13.0} {:>6.2}x", replays / new);
+    replica.close().await;
+}
+
 const TABLE: &str = "CREATE TABLE one_by_one (id BLOB PRIMARY KEY, product_id TEXT NOT NULL, \
     quantity INTEGER NOT NULL, idempotency_key TEXT UNIQUE, placed_at INTEGER NOT NULL)";
 const INSERT: &str =
@@ -222,5 +248,10 @@ async fn main() {
     println!("{:>7} {:>12} {:>13} {:>7}", "callers", "one replica", "two replicas", "ratio");
     for callers in [64, 256, 1024] {
         compare_replicas(&server.url(), callers).await;
+    }
+    println!("\nPostgreSQL, new orders against replays");
+    println!("{:>7} {:>12} {:>13} {:>7}", "callers", "new", "replays", "ratio");
+    for callers in [1, 64, 256] {
+        compare_replays(&server.url(), callers).await;
     }
 }

@@ -13,7 +13,7 @@ use tokio::{
 
 use self::{
     batcher::Queue,
-    engine::{Engine, Failure, Purpose, Remedy},
+    engine::{Engine, Failure, Remedy},
 };
 use crate::{
     config::{DatabaseUrl, Migrations},
@@ -130,7 +130,7 @@ impl Store {
     /// # Errors
     /// `ReadersBusy`, `Unavailable`, `DeadlineExceeded` or `Internal`.
     pub async fn get(&self, id: OrderId, deadline: Instant) -> Result<Option<Order>, StoreError> {
-        self.read(self.engine.get(id, Purpose::Read), deadline).await
+        self.read(self.engine.get(id), deadline).await
     }
 
     /// Reads at most `limit` orders, newest first, beginning below `before`.

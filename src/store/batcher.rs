@@ -24,15 +24,18 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
+use self::resolver::{Resolver, Unresolved};
 use super::{
     NewOrder, StoreError, StoreHealth,
-    engine::{Engine, Failure, Outcome, Purpose, Remedy},
+    engine::{Engine, Outcome, Remedy},
     replies::{Replies, Reply},
 };
 use crate::{
     metrics::{StoreErrorKind, StoreMetrics},
     order::Placed,
 };
+
+mod resolver;
 
 /// Orders that may wait.
 const QUEUE: usize = 4096;
@@ -158,12 +161,15 @@ pub(super) fn start(
     let (sender, receiver) = mpsc::channel(QUEUE);
     let receiver = Arc::new(Mutex::new(receiver));
     let mut tasks = JoinSet::new();
+    let (resolver, unresolved) = Resolver::new(engine.clone(), metrics.clone(), health.clone());
+    tasks.spawn(resolver.run());
     for _ in 0..engine.writers() {
         let writer = Writer {
             engine: engine.clone(),
             receiver: receiver.clone(),
             metrics: metrics.clone(),
             health: health.clone(),
+            unresolved: unresolved.clone(),
         };
         tasks.spawn(writer.run());
     }
@@ -176,6 +182,7 @@ struct Writer {
     receiver: Arc<Mutex<mpsc::Receiver<Queued>>>,
     metrics: StoreMetrics,
     health: StoreHealth,
+    unresolved: mpsc::Sender<Unresolved>,
 }
 
 impl Writer {
@@ -212,7 +219,7 @@ impl Writer {
                     self.metrics.commit_seconds.observe(begun.elapsed().as_secs_f64());
                     self.metrics.batch_orders.observe(batch.len() as f64);
                     self.health.answered();
-                    self.answer(batch, outcomes)
+                    answer(&self.metrics, batch, outcomes)
                 }
                 Err(failure) => {
                     self.metrics.errors(failure.kind).inc();
@@ -221,7 +228,10 @@ impl Writer {
                     }
                     match failure.remedy() {
                         Remedy::OneByOne if batch.len() > 1 => return Some(not_sent(batch)),
-                        Remedy::OneByOne => self.refuse(batch, failure).await,
+                        Remedy::OneByOne => {
+                            self.refuse(batch, &failure.cause).await;
+                            return None;
+                        }
                         Remedy::Retry => {
                             self.health.failed(failure.cause);
                             batch
@@ -243,59 +253,48 @@ impl Writer {
         }
     }
 
-    /// Counts and answers the orders of a committed batch; returns those that are to be sent again.
-    fn answer(&self, batch: Vec<Queued>, outcomes: Vec<Outcome>) -> Vec<Queued> {
-        let new = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::New)).count();
-        self.metrics.placed.inc_by(new as u64);
-        let mut missing = Vec::new();
-        let mut replies = Replies::default();
-        for (queued, outcome) in batch.into_iter().zip(outcomes) {
-            let asked = &queued.new.order;
-            let result = match outcome {
-                Outcome::New => Ok(Placed { order: asked.clone(), replayed: false }),
-                Outcome::Earlier(earlier)
-                    if (&earlier.product_id, earlier.quantity)
-                        == (&asked.product_id, asked.quantity) =>
-                {
-                    Ok(Placed { order: earlier, replayed: true })
-                }
-                Outcome::Earlier(_) => Err(StoreError::KeyReused),
-                Outcome::Unreadable(cause) => Err(StoreError::Internal(cause)),
-                Outcome::Missing => {
-                    self.metrics.errors(StoreErrorKind::Conflict).inc();
-                    missing.push(queued);
-                    continue;
-                }
-            };
-            replies.add(queued.home, queued.reply, result);
-        }
-        replies.send();
-        missing
-    }
-
-    /// The last word on an order that the database refuses. If an earlier attempt may have stored
-    /// it, that is looked up first; it is returned if even that has to be tried again.
-    async fn refuse(&self, batch: Vec<Queued>, failure: Failure) -> Vec<Queued> {
-        let mut again = Vec::new();
+    /// Answers an order that the database refuses, unless an earlier attempt may have stored it:
+    /// then the resolver finds that out.
+    async fn refuse(&self, batch: Vec<Queued>, cause: &str) {
         for queued in batch {
             if queued.maybe_stored {
-                match self.engine.get(queued.new.order.id, Purpose::Write).await {
-                    Ok(Some(_)) => {
-                        again.extend(self.answer(vec![queued], vec![Outcome::New]));
-                        continue;
-                    }
-                    Err(failure) if failure.remedy() != Remedy::OneByOne => {
-                        self.health.failed(failure.cause);
-                        again.push(queued);
-                        continue;
-                    }
-                    Ok(None) | Err(_) => {}
-                }
+                let unresolved = Unresolved::new(queued, cause);
+                self.unresolved.send(unresolved).await.expect("the resolver outlives the writers");
+            } else {
+                let _ = queued.reply.send(Err(StoreError::Internal(cause.to_owned())));
             }
-            let _ = queued.reply.send(Err(StoreError::Internal(failure.cause.clone())));
         }
-        again
     }
+}
+
+/// Counts and answers the orders of a committed batch; returns those that are to be sent again.
+fn answer(metrics: &StoreMetrics, batch: Vec<Queued>, outcomes: Vec<Outcome>) -> Vec<Queued> {
+    let new = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::New)).count();
+    metrics.placed.inc_by(new as u64);
+    let mut missing = Vec::new();
+    let mut replies = Replies::default();
+    for (queued, outcome) in batch.into_iter().zip(outcomes) {
+        let asked = &queued.new.order;
+        let result = match outcome {
+            Outcome::New => Ok(Placed { order: asked.clone(), replayed: false }),
+            Outcome::Earlier(earlier)
+                if (&earlier.product_id, earlier.quantity)
+                    == (&asked.product_id, asked.quantity) =>
+            {
+                Ok(Placed { order: earlier, replayed: true })
+            }
+            Outcome::Earlier(_) => Err(StoreError::KeyReused),
+            Outcome::Unreadable(cause) => Err(StoreError::Internal(cause)),
+            Outcome::Missing => {
+                metrics.errors(StoreErrorKind::Conflict).inc();
+                missing.push(queued);
+                continue;
+            }
+        };
+        replies.add(queued.home, queued.reply, result);
+    }
+    replies.send();
+    missing
 }
 
 /// The attempt failed: its orders may be taken back, unless it may have stored them.

@@ -1,6 +1,9 @@
 //! What the batcher and the reads want of a database, and how each failure of one is to be taken.
 
+use std::time::Duration;
+
 use sqlx::error::DatabaseError;
+use tokio::time::Instant;
 
 use super::{
     NewOrder, StoreError,
@@ -46,14 +49,29 @@ impl Engine {
         }
     }
 
-    pub(super) async fn get(
-        &self,
-        id: OrderId,
-        purpose: Purpose,
-    ) -> Result<Option<Order>, Failure> {
+    /// Finds out what became of orders that were sent before, and sends none. What it finds is as
+    /// durable as what it commits.
+    pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
         match self {
-            Self::Sqlite(engine) => engine.get(id, purpose).await,
-            Self::Postgres(engine) => engine.get(id, purpose).await,
+            Self::Sqlite(engine) => engine.look_up(batch).await,
+            Self::Postgres(engine) => engine.look_up(batch).await,
+        }
+    }
+
+    /// Whether nothing that was sent before `until` can arrive at the database any more. Only then
+    /// is an order that is not found not stored.
+    pub(super) async fn earlier_attempts_are_over(&self, until: Instant) -> Result<bool, Failure> {
+        match self {
+            // An attempt is over when it returns.
+            Self::Sqlite(_) => Ok(true),
+            Self::Postgres(engine) => engine.earlier_attempts_are_over(until).await,
+        }
+    }
+
+    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
+        match self {
+            Self::Sqlite(engine) => engine.get(id).await,
+            Self::Postgres(engine) => engine.get(id).await,
         }
     }
 
@@ -100,6 +118,8 @@ pub(super) struct Failure {
     pub(super) had_no_turn: bool,
     /// Whether the server takes no writes, so that the next attempt must use another server.
     pub(super) read_only: bool,
+    /// Whether the database did not answer in time, so that the statement may still run.
+    pub(super) no_answer: bool,
     pub(super) cause: String,
 }
 
@@ -109,8 +129,20 @@ impl Failure {
     }
 
     pub(super) fn nothing_done(kind: StoreErrorKind, cause: impl Into<String>) -> Self {
-        let (outcome_unknown, had_no_turn, read_only) = (false, false, false);
-        Self { kind, outcome_unknown, had_no_turn, read_only, cause: cause.into() }
+        Self {
+            kind,
+            outcome_unknown: false,
+            had_no_turn: false,
+            read_only: false,
+            no_answer: false,
+            cause: cause.into(),
+        }
+    }
+
+    /// The database did not answer within this limit.
+    pub(super) fn no_answer(limit: Duration) -> Self {
+        let cause = format!("no answer of the server within {} s", limit.as_secs());
+        Self { no_answer: true, ..Self::unknown(StoreErrorKind::Timeout, cause) }
     }
 
     /// A read's turn did not come in time.

@@ -2,18 +2,19 @@
 
 use std::time::Duration;
 
-use sqlx::{
-    Row as _,
-    error::DatabaseError,
-    postgres::{PgConnection, PgRow},
-};
-use tokio::time::timeout;
+use sqlx::{Row as _, error::DatabaseError, postgres::PgRow};
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-use self::{connections::Connections, opening::Tables, servers::Servers};
+use self::{
+    connections::{Connections, Taken},
+    opening::{Opened, Tables},
+    servers::Servers,
+    session::{Backend, LeftBehind, Session},
+};
 use super::{
     NewOrder, StoreHealth,
-    engine::{Failure, Outcome, Purpose},
+    engine::{Failure, Outcome, Purpose, Remedy},
     rows::{Stored, millis, resolve},
 };
 use crate::{
@@ -23,8 +24,11 @@ use crate::{
 };
 
 mod connections;
+mod durability;
 mod opening;
 mod servers;
+mod session;
+mod warnings;
 
 /// Batches at a time: one's fills while the other's is flushed. Two were faster than one and than
 /// four.
@@ -33,6 +37,12 @@ pub(super) const WRITERS: usize = 2;
 /// How long to wait for the answer of the server. Its own limits, which are longer, end what nobody
 /// waits for any more.
 const ATTEMPT: Duration = Duration::from_secs(1);
+
+/// How long to wait for the commit of [`RESOLVE_CONFIRMED`]. Longer than an attempt: a retry sends a
+/// new commit, which waits as long again, so that a standby that takes longer than this limit
+/// confirms nothing.
+const CONFIRMATION: Duration = Duration::from_secs(5);
+
 const STATEMENT_TIMEOUT: (&str, &str) = ("statement_timeout", "2s");
 const LOCK_TIMEOUT: (&str, &str) = ("lock_timeout", "1500ms");
 
@@ -42,13 +52,33 @@ const INSERT: &str = "INSERT INTO orders (id, product_id, quantity, idempotency_
     AS new (id, product_id, quantity, idempotency_key, placed_at) \
     ORDER BY idempotency_key ON CONFLICT DO NOTHING RETURNING id";
 
-/// A statement of its own, and with it a new snapshot: the first one cannot see the rows that it
-/// conflicted with. The columns are named, here and below, because the server refuses a prepared
-/// `SELECT *` once a newer version has added one.
+/// Reads the rows of a batch: its own, and those of its keys. A statement of its own, and with it a
+/// new snapshot: the first one cannot see the rows that it conflicted with. The columns are named,
+/// here and below, because the server refuses a prepared `SELECT *` once a newer version has added
+/// one.
 const RESOLVE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at \
     FROM orders WHERE id = ANY($1::UUID[]) \
     UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
     FROM orders WHERE idempotency_key = ANY($2::TEXT[])";
+
+/// The same, and its own commit waits for the synchronous standby.
+///
+/// A row that can be read is on the primary's disk, and may be nowhere else: a restart of the
+/// primary, or the end of the backend that committed it, ends the wait for the standby and makes the
+/// row visible. A SELECT waits for nothing. A transaction waits for the standby only if it has an id
+/// and wrote WAL; a transactional logical message does both, and nothing else: no table changes, and
+/// by default any role may send it (no-op updates and row locks need UPDATE and leave dead rows). The
+/// read is in the same transaction, so that no pooler can send the two to different servers. The
+/// message is written once, if there is a row at all, since the subquery depends on none.
+///
+/// Cost: a batch with a replay flushes about 100 bytes of WAL more than a read, and takes as long as
+/// a commit. A batch of new orders does not come here.
+const RESOLVE_CONFIRMED: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at, \
+    (SELECT pg_logical_emit_message(true, 'order-service', '') IS NOT NULL) FROM (\
+    SELECT id, product_id, quantity, idempotency_key, placed_at \
+    FROM orders WHERE id = ANY($1::UUID[]) \
+    UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
+    FROM orders WHERE idempotency_key = ANY($2::TEXT[])) AS stored";
 
 const GET: &str =
     "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders WHERE id = $1";
@@ -60,6 +90,7 @@ const NEXT_PAGE: &str = "SELECT id, product_id, quantity, idempotency_key, place
 #[derive(Debug)]
 pub(super) struct Postgres {
     connections: Connections,
+    resolve: &'static str,
 }
 
 impl Postgres {
@@ -71,15 +102,18 @@ impl Postgres {
     ) -> Result<Self, String> {
         let servers = Servers::new(url);
         // Without the time limits: a migration of a large table takes what it takes.
-        opening::wait_until_ready(&servers, Tables::Serve(migrations), health).await?;
+        let Opened { confirms, .. } =
+            opening::wait_until_ready(&servers, Tables::Serve(migrations), health).await?;
         let servers = servers.map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]));
-        Ok(Self { connections: Connections::new(servers, pool, WRITERS) })
+        let resolve = if confirms { RESOLVE_CONFIRMED } else { RESOLVE };
+        Ok(Self { connections: Connections::new(servers, pool, WRITERS), resolve })
     }
 
     /// Applies the pending migrations and returns their versions.
     pub(super) async fn migrate(url: &PostgresUrl) -> Result<Vec<i64>, String> {
         let health = StoreHealth::new();
-        opening::wait_until_ready(&Servers::new(url), Tables::Migrate, &health).await
+        let servers = Servers::new(url);
+        Ok(opening::wait_until_ready(&servers, Tables::Migrate, &health).await?.applied)
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
@@ -91,37 +125,114 @@ impl Postgres {
             batch.iter().map(|new| new.key.as_ref().map(IdempotencyKey::as_str)).collect();
         let placed: Vec<i64> = batch.iter().map(|new| millis(new.order.placed_at)).collect();
 
-        self.attempt(Purpose::Write, async |connection| {
-            let insert = sqlx::query(INSERT)
-                .bind(&ids)
-                .bind(&products)
-                .bind(&quantities)
-                .bind(&keys)
-                .bind(&placed);
-            let inserted =
-                insert.fetch_all(&mut *connection).await.map_err(|error| failure(&error))?;
-            if inserted.len() == batch.len() {
-                return Ok(vec![Outcome::New; batch.len()]);
+        let mut taken = self.connections.take(Purpose::Write).await?;
+        let session = taken.session();
+        let insert = sqlx::query(INSERT)
+            .bind(&ids)
+            .bind(&products)
+            .bind(&quantities)
+            .bind(&keys)
+            .bind(&placed)
+            .fetch_all(&mut session.connection);
+        let inserted = within(ATTEMPT, session.warnings.during(insert)).await;
+        // Not to be taken for the next statement's.
+        let warned = session.warnings.take();
+        match inserted {
+            Ok(inserted) if inserted.len() == batch.len() && !warned => {
+                taken.keep();
+                Ok(vec![Outcome::New; batch.len()])
             }
-            let query = sqlx::query(RESOLVE).bind(&ids).bind(&keys);
-            // The others of the batch are committed, whatever becomes of this statement.
-            let unknown = |error: &sqlx::Error| Failure { outcome_unknown: true, ..failure(error) };
-            let rows = query.fetch_all(connection).await.map_err(|error| unknown(&error))?;
+            // Some were there before; or the wait for the standby may have been cancelled.
+            Ok(_) => self.resolve(taken, batch, &ids, &keys).await,
+            Err(failure) => Err(self.failed(taken, failure)),
+        }
+    }
+
+    /// Finds out what became of the orders of a batch, and stores none.
+    pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
+        let ids: Vec<Uuid> = batch.iter().map(|new| uuid(new.order.id)).collect();
+        let keys: Vec<Option<&str>> =
+            batch.iter().map(|new| new.key.as_ref().map(IdempotencyKey::as_str)).collect();
+        let taken = self.connections.take(Purpose::Write).await?;
+        self.resolve(taken, batch, &ids, &keys).await
+    }
+
+    /// Whatever fails here, orders of the batch may be committed.
+    async fn resolve(
+        &self,
+        mut taken: Taken<'_>,
+        batch: &[NewOrder],
+        ids: &[Uuid],
+        keys: &[Option<&str>],
+    ) -> Result<Vec<Outcome>, Failure> {
+        let session = taken.session();
+        let backend = session.backend;
+        let read = sqlx::query(self.resolve).bind(ids).bind(keys);
+        let read = read.fetch_all(&mut session.connection);
+        let rows = within(CONFIRMATION, session.warnings.during(read)).await;
+        let warned = session.warnings.take();
+        let rows = rows.and_then(|rows| {
             let rows = rows.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
-            Ok(resolve(batch, rows.map_err(|error| unknown(&error))?))
+            rows.map_err(|error| failure(&error))
+        });
+        match rows {
+            Ok(_) if warned => {
+                let cause = "the wait for the synchronous standby was cancelled";
+                Err(self.failed(taken, Failure::unknown(StoreErrorKind::Unavailable, cause)))
+            }
+            Ok(rows) => {
+                taken.keep();
+                Ok(resolve(batch, rows))
+            }
+            Err(failure) if failure.no_answer => {
+                let cause = "no commit of the server within 5 s, as when its synchronous standby is \
+                             down";
+                let failure = self.failed(taken, Failure { cause: cause.to_owned(), ..failure });
+                // It would wait until the standby is back, and each retry adds another one.
+                let _ = self.terminate(&[backend]).await;
+                Err(failure)
+            }
+            Err(failure) => Err(self.failed(taken, Failure { outcome_unknown: true, ..failure })),
+        }
+    }
+
+    /// Whether no attempt whose connection was closed before `until` can store an order any more:
+    /// its process on the server is gone, and with it whatever the network still has to deliver.
+    /// Processes that outlive the time limit of their statement are terminated.
+    ///
+    /// Behind a pooler, the process may be another client's by then. Therefore the limit must be
+    /// over in any case. On a server that refuses the question it is all there is.
+    pub(super) async fn earlier_attempts_are_over(&self, until: Instant) -> Result<bool, Failure> {
+        let left = self.connections.left_behind(until);
+        if !left.iter().all(LeftBehind::statement_is_over) {
+            return Ok(false);
+        }
+        if left.is_empty() {
+            return Ok(true);
+        }
+        let left: Vec<Backend> = left.iter().map(|left| left.backend).collect();
+        let running = match self.terminate(&left).await {
+            Err(failure) if failure.remedy() == Remedy::OneByOne => Vec::new(),
+            running => running?,
+        };
+        let over: Vec<Backend> =
+            left.into_iter().filter(|backend| !running.contains(backend)).collect();
+        self.connections.forget(&over);
+        Ok(running.is_empty())
+    }
+
+    async fn terminate(&self, backends: &[Backend]) -> Result<Vec<Backend>, Failure> {
+        self.attempt(Purpose::Write, async |session| {
+            session.terminate(backends).await.map_err(|error| failure(&error))
         })
         .await
     }
 
     /// A read that meets a broken connection is tried once more, on a new one: after a restart of
     /// the server every idle connection is broken.
-    pub(super) async fn get(
-        &self,
-        id: OrderId,
-        purpose: Purpose,
-    ) -> Result<Option<Order>, Failure> {
-        match self.try_get(id, purpose).await {
-            Err(failure) if failure.is_of_connection() => self.try_get(id, purpose).await,
+    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
+        match self.try_get(id).await {
+            Err(failure) if failure.is_of_connection() => self.try_get(id).await,
             read => read,
         }
     }
@@ -138,9 +249,10 @@ impl Postgres {
         }
     }
 
-    async fn try_get(&self, id: OrderId, purpose: Purpose) -> Result<Option<Order>, Failure> {
-        self.attempt(purpose, async |connection| {
-            let row = sqlx::query(GET).bind(uuid(id)).fetch_optional(connection).await;
+    async fn try_get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
+        self.attempt(Purpose::Read, async |session| {
+            let query = sqlx::query(GET).bind(uuid(id));
+            let row = query.fetch_optional(&mut session.connection).await;
             let row = row.map_err(|error| failure(&error))?;
             row.as_ref().map(order_of_row).transpose()
         })
@@ -148,53 +260,66 @@ impl Postgres {
     }
 
     async fn try_list(&self, before: Option<OrderId>, limit: u32) -> Result<Vec<Order>, Failure> {
-        self.attempt(Purpose::Read, async |connection| {
+        self.attempt(Purpose::Read, async |session| {
             let query = sqlx::query(if before.is_some() { NEXT_PAGE } else { FIRST_PAGE });
             let query = query.bind(i64::from(limit));
             let query = match before {
                 Some(before) => query.bind(uuid(before)),
                 None => query,
             };
-            let rows = query.fetch_all(connection).await.map_err(|error| failure(&error))?;
+            let rows = query.fetch_all(&mut session.connection).await;
+            let rows = rows.map_err(|error| failure(&error))?;
             rows.iter().map(order_of_row).collect()
         })
         .await
     }
 
-    /// Runs statements on one connection within the time limits. Only a connection on which they
-    /// are known to be over is used again: a server that hangs would take the next attempt with it.
+    /// Runs statements on one connection within the time limit of an attempt.
     async fn attempt<T>(
         &self,
         purpose: Purpose,
-        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, Failure>,
+        statements: impl AsyncFnOnce(&mut Session) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let mut taken = self.connections.take(purpose).await?;
-        match timeout(ATTEMPT, statements(taken.connection())).await {
-            Ok(Ok(read)) => {
+        let done = match timeout(ATTEMPT, statements(taken.session())).await {
+            Ok(done) => done,
+            Err(_) => Err(Failure::no_answer(ATTEMPT)),
+        };
+        match done {
+            Ok(read) => {
                 taken.keep();
                 Ok(read)
             }
-            Ok(Err(failure)) => {
-                if failure.read_only {
-                    self.connections.leave(&taken);
-                } else if failure.kind == StoreErrorKind::Unavailable {
-                    self.connections.distrust();
-                } else {
-                    // The server refused, and the transaction is over.
-                    taken.keep();
-                }
-                Err(failure)
-            }
-            Err(_) => {
-                self.connections.distrust();
-                let cause = "no answer of the server within 1 s";
-                Err(Failure::unknown(StoreErrorKind::Timeout, cause))
-            }
+            Err(failure) => Err(self.failed(taken, failure)),
         }
+    }
+
+    /// Only a connection on which the statements are known to be over is used again: a server that
+    /// hangs would take the next attempt with it.
+    fn failed(&self, taken: Taken<'_>, failure: Failure) -> Failure {
+        if failure.read_only {
+            self.connections.leave(&taken);
+        } else if failure.kind == StoreErrorKind::Unavailable || failure.no_answer {
+            self.connections.distrust();
+        } else {
+            // The server refused, and the transaction is over.
+            taken.keep();
+        }
+        failure
     }
 
     pub(super) async fn close(&self) {
         self.connections.close().await;
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, Failure> {
+    match timeout(limit, statement).await {
+        Ok(done) => done.map_err(|error| failure(&error)),
+        Err(_) => Err(Failure::no_answer(limit)),
     }
 }
 

@@ -18,7 +18,7 @@ use self::{
 };
 use super::{
     NewOrder, StoreHealth,
-    engine::{Failure, Outcome, Purpose},
+    engine::{Failure, Outcome},
     migrate::{self, Applied, REMEDY},
     readers::{self, Readers},
     rows::{Stored, millis, resolve},
@@ -81,6 +81,7 @@ impl Sqlite {
         let options = file_options(&lock);
         let writer = open(SqlitePoolOptions::new().max_connections(1), &options, migrations).await;
         let (writer, _) = writer?;
+        make_durable(&writer).await?;
         let readers = SqlitePoolOptions::new().max_connections(READERS);
         let readers = readers.connect_lazy_with(options.create_if_missing(false));
         let turns = Arc::new(Readers::new(READERS as usize));
@@ -137,8 +138,12 @@ impl Sqlite {
         if inserted.rows_affected() == batch.len() as u64 {
             return Ok(vec![Outcome::New; batch.len()]);
         }
-        // Those that were there already: sent before, or named by a key before. The others are
-        // committed, whatever becomes of this statement.
+        // Those that were there already: sent before, or named by a key before.
+        self.look_up(batch).await
+    }
+
+    /// Whatever fails here, orders of the batch may be committed.
+    pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
         let unknown = |error: &sqlx::Error| Failure { outcome_unknown: true, ..failure(error) };
         let names = batch
             .iter()
@@ -150,16 +155,9 @@ impl Sqlite {
         Ok(resolve(batch, stored.map_err(|error| unknown(&error))?))
     }
 
-    pub(super) async fn get(
-        &self,
-        id: OrderId,
-        purpose: Purpose,
-    ) -> Result<Option<Order>, Failure> {
-        let (_turn, pool) = match purpose {
-            Purpose::Read => (Some(self.turn().await?), &self.readers),
-            Purpose::Write => (None, &self.writer),
-        };
-        let row = sqlx::query(GET).bind(&id.as_bytes()[..]).fetch_optional(pool).await;
+    pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
+        let _turn = self.turn().await?;
+        let row = sqlx::query(GET).bind(&id.as_bytes()[..]).fetch_optional(&self.readers).await;
         let row = row.map_err(|error| failure(&error))?;
         row.as_ref().map(order_of_row).transpose()
     }
@@ -189,6 +187,15 @@ impl Sqlite {
         self.readers.close().await;
         self.writer.close().await;
     }
+}
+
+/// Flushes what this process finds. A process that was killed between the write and the flush of a
+/// commit leaves rows that can be read and are on no disk; an answer that rests on one would be lost
+/// with the power. A checkpoint flushes the WAL before it copies it. Later no row is visible before
+/// its own flush.
+async fn make_durable(writer: &SqlitePool) -> Result<(), String> {
+    let flushed = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(writer).await;
+    flushed.map(|_| ()).map_err(|error| format!("its WAL: {error}"))
 }
 
 fn file_options(lock: &Lock) -> SqliteConnectOptions {

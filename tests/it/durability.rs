@@ -16,7 +16,7 @@ use order_service::proto::{
 };
 use reqwest::Client;
 use rustix::process::Signal;
-use sqlx::Connection as _;
+use sqlx::{Connection as _, SqliteConnection};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -97,6 +97,27 @@ async fn kill_9_under_load_loses_no_acknowledged_order_and_doubles_none() {
     let ids: HashSet<_> = acknowledged.values().cloned().collect();
     assert_eq!(stored.len(), acknowledged.len());
     assert_eq!(ids, stored.into_iter().collect());
+}
+
+/// Rows that the killed process had written may be in the page cache alone. Whoever replays one must
+/// not be answered before it is flushed, as a checkpoint does.
+#[tokio::test]
+async fn what_a_killed_process_left_is_flushed_before_it_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start_in(dir.path(), &[]).await;
+    let mut grpc = server.grpc().await;
+    for key in ["a", "b", "c"] {
+        grpc.place(place(key)).await.unwrap();
+    }
+    server.kill_9().await;
+    let _server = Process::start_in(dir.path(), &[]).await;
+    // The database file without its WAL.
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(dir.path().join("orders.db"), copy.path().join("orders.db")).unwrap();
+    let mut connection = SqliteConnection::connect(&database_in(copy.path())).await.unwrap();
+    let rows: (i64,) =
+        sqlx::query_as("SELECT COUNT(*) FROM orders").fetch_one(&mut connection).await.unwrap();
+    assert_eq!(rows.0, 3);
 }
 
 #[tokio::test]

@@ -146,6 +146,14 @@ impl PostgresServer {
         rows.into_iter().map(|(pid,)| Pid::from_raw(pid).unwrap()).collect()
     }
 
+    /// The process that receives the WAL of the primary.
+    pub async fn wal_receiver(&self) -> Pid {
+        let query = "SELECT pid FROM pg_stat_wal_receiver";
+        let (pid,): (i32,) =
+            sqlx::query_as(query).fetch_one(&mut self.connect().await).await.unwrap();
+        Pid::from_raw(pid).unwrap()
+    }
+
     /// The process that accepts its connections.
     pub fn postmaster(&self) -> Pid {
         let file = fs::read_to_string(self.dir.path().join("data/postmaster.pid")).unwrap();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
@@ -19,6 +19,9 @@ pub enum Traffic {
     BeginsAfter(Duration),
     /// What clients send passes, what the server answers is held back.
     AnswersAreHeld,
+    /// What clients send on a connection that is open is held back, and passes later even if the
+    /// client is gone by then; all passes on a connection that begins now.
+    RequestsAreHeld,
     /// Every connection is closed, and each new one.
     IsCut,
 }
@@ -77,21 +80,38 @@ async fn pass(client: TcpStream, server: u16, mut traffic: watch::Receiver<Traff
         Traffic::IsCut => return,
         // The fault's length.
         Traffic::BeginsAfter(delay) => sleep(delay).await,
-        Traffic::Passes | Traffic::AnswersAreHeld => {}
+        Traffic::Passes | Traffic::AnswersAreHeld | Traffic::RequestsAreHeld => {}
     }
     let Ok(server) = TcpStream::connect(("127.0.0.1", server)).await else { return };
     let (mut asks, mut answers) = client.into_split();
     let (mut from, mut to) = server.into_split();
-    let asking = copy(&mut asks, &mut to);
+    let mut held = traffic.clone();
+    let begins_held = now == Traffic::RequestsAreHeld;
+    let asking = async {
+        let mut bytes = vec![0; 64 << 10];
+        while let Ok(read @ 1..) = asks.read(&mut bytes).await {
+            let passes = |traffic: &Traffic| begins_held || *traffic != Traffic::RequestsAreHeld;
+            let passed = held.wait_for(passes).await.is_ok();
+            if !passed || to.write_all(&bytes[..read]).await.is_err() {
+                return;
+            }
+        }
+        // The server reads all before it sees the end.
+        let _ = to.shutdown().await;
+        std::future::pending::<()>().await;
+    };
     let answering = async {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(read @ 1..) = from.read(&mut bytes).await {
-            let passes =
-                |traffic: &Traffic| matches!(traffic, Traffic::Passes | Traffic::BeginsAfter(_));
-            let passed = traffic.wait_for(passes).await.is_ok();
-            if !passed || answers.write_all(&bytes[..read]).await.is_err() {
+            let passes = |traffic: &Traffic| {
+                use Traffic as T;
+                matches!(traffic, T::Passes | T::BeginsAfter(_) | T::RequestsAreHeld)
+            };
+            if traffic.wait_for(passes).await.is_err() {
                 return;
             }
+            // The client may be gone while the server still reads what it sent.
+            let _ = answers.write_all(&bytes[..read]).await;
         }
     };
     tokio::select! { _ = asking => {}, () = answering => {} }

@@ -10,14 +10,18 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{Connection as _, postgres::PgConnection};
+use sqlx::Connection as _;
 use tokio::{
     sync::{Semaphore, SemaphorePermit, oneshot},
     task::AbortHandle,
     time::{Instant, timeout, timeout_at},
 };
 
-use super::servers::{Place, Servers};
+use super::{
+    failure,
+    servers::Servers,
+    session::{Backend, LeftBehind, Session},
+};
 use crate::{
     metrics::StoreErrorKind,
     store::{
@@ -48,6 +52,10 @@ const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 /// How long the farewells may take.
 const CLOSE: Duration = Duration::from_secs(1);
 
+/// How long a connection that was closed under a write is remembered. What a network delivers later
+/// than that is not waited for.
+const LEFT_BEHIND: Duration = Duration::from_secs(10 * 60);
+
 #[derive(Debug)]
 pub(super) struct Connections {
     shared: Arc<Shared>,
@@ -67,21 +75,15 @@ struct Shared {
 /// Whoever waits holds a place, and none is idle while somebody waits.
 #[derive(Debug, Default)]
 struct State {
-    idle: Vec<Idle>,
-    waiting: VecDeque<oneshot::Sender<Result<Idle, Failure>>>,
+    idle: Vec<Session>,
+    waiting: VecDeque<oneshot::Sender<Result<Session, Failure>>>,
     /// Those under way, the oldest first.
     logins: VecDeque<Login>,
     /// Counts the calls of [`Connections::leave`]. A connection of an earlier generation is never
     /// used again, since its server may be the one that was left.
     generation: u64,
-}
-
-#[derive(Debug)]
-struct Idle {
-    connection: PgConnection,
-    server: Place,
-    born: Instant,
-    generation: u64,
+    /// Closed under a write, the oldest first.
+    left_behind: Vec<LeftBehind>,
 }
 
 #[derive(Debug)]
@@ -128,7 +130,20 @@ impl Connections {
                 Err(_) => return Err(none("no connection to the server within 1 s")),
             },
         };
-        Ok(Taken { held, of: &self.shared, _place: place, _turn: turn })
+        let session = Some(held);
+        Ok(Taken { session, purpose, of: &self.shared, _place: place, _turn: turn })
+    }
+
+    /// The connections that were closed under a write, until that moment.
+    pub(super) fn left_behind(&self, until: Instant) -> Vec<LeftBehind> {
+        let mut left = self.shared.state().left_behind.clone();
+        left.retain(|left| left.at <= until);
+        left
+    }
+
+    /// Nothing is left of these.
+    pub(super) fn forget(&self, over: &[Backend]) {
+        self.shared.state().left_behind.retain(|left| !over.contains(&left.backend));
     }
 
     /// Closes those that are idle: one that broke is seldom the only one.
@@ -139,10 +154,11 @@ impl Connections {
     /// Closes every connection, those in use when they are returned, because the server of this one
     /// takes no writes. The next login begins with the next server.
     pub(super) fn leave(&self, taken: &Taken<'_>) {
+        let Some(session) = &taken.session else { return };
         let mut state = self.shared.state();
-        self.shared.servers.leave(taken.held.server);
+        self.shared.servers.leave(session.server);
         // Connections of one generation fail one after the other; only the first failure counts.
-        if taken.held.generation == state.generation {
+        if session.generation == state.generation {
             state.generation += 1;
             state.idle.clear();
         }
@@ -157,7 +173,7 @@ impl Connections {
             login.task.abort();
         }
         let until = Instant::now() + CLOSE;
-        for Idle { connection, .. } in idle {
+        for Session { connection, .. } in idle {
             // One that hangs must not hold the end of the process.
             let _ = timeout_at(until, connection.close()).await;
         }
@@ -181,9 +197,9 @@ async fn place_in(
 }
 
 enum Found {
-    Idle(Idle),
+    Idle(Session),
     /// The next that is free or logged in.
-    Next(oneshot::Receiver<Result<Idle, Failure>>),
+    Next(oneshot::Receiver<Result<Session, Failure>>),
 }
 
 impl Shared {
@@ -213,21 +229,15 @@ impl Shared {
 
     async fn log_in(self: Arc<Self>) {
         let generation = self.state().generation;
-        let login = timeout(LOGIN, self.servers.connect()).await;
+        let login = timeout(LOGIN, self.connect(generation)).await;
         let mut state = self.state();
         let this = tokio::task::id();
         state.logins.retain(|login| login.task.id() != this);
         // Whoever waits for one that hung has begun another.
         let Ok(login) = login else { return };
-        let login = login
-            .map(|(connection, server)| Idle {
-                connection,
-                server,
-                born: Instant::now(),
-                generation,
-            })
-            // Whatever the server says to a login, no order is to blame, and it may pass.
-            .map_err(|none| Failure::nothing_done(StoreErrorKind::Unavailable, none.to_string()));
+        // Whatever the server says to a login, no order is to blame, and it may pass.
+        let login =
+            login.map_err(|cause| Failure::nothing_done(StoreErrorKind::Unavailable, cause));
         // A place that is free has one idle connection at most.
         if let Some(Ok(unwanted)) = state.tell(login)
             && unwanted.generation == state.generation
@@ -235,6 +245,14 @@ impl Shared {
         {
             state.idle.push(unwanted);
         }
+    }
+
+    /// Logs in and prepares the session.
+    async fn connect(&self, generation: u64) -> Result<Session, String> {
+        let connected = self.servers.connect().await;
+        let (connection, server) = connected.map_err(|none| none.to_string())?;
+        let session = Session::set_up(connection, server, generation).await;
+        session.map_err(|error| failure(&error).cause)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -245,7 +263,7 @@ impl Shared {
 
 impl State {
     /// Gives a connection to the first who waits; else keeps it.
-    fn offer(&mut self, idle: Idle) {
+    fn offer(&mut self, idle: Session) {
         if idle.generation != self.generation {
             return;
         }
@@ -255,7 +273,7 @@ impl State {
     }
 
     /// Tells the first who still waits; returns what nobody waits for.
-    fn tell(&mut self, mut login: Result<Idle, Failure>) -> Option<Result<Idle, Failure>> {
+    fn tell(&mut self, mut login: Result<Session, Failure>) -> Option<Result<Session, Failure>> {
         while let Some(waiting) = self.waiting.pop_front() {
             match waiting.send(login) {
                 Ok(()) => return None,
@@ -269,19 +287,35 @@ impl State {
 /// A connection in use. Dropping it closes it, which is right for one with statements under way,
 /// also when the caller hung up.
 pub(super) struct Taken<'c> {
-    held: Idle,
+    /// Until it is kept or dropped.
+    session: Option<Session>,
+    purpose: Purpose,
     of: &'c Shared,
     _place: SemaphorePermit<'c>,
     _turn: Option<SemaphorePermit<'c>>,
 }
 
 impl Taken<'_> {
-    pub(super) fn connection(&mut self) -> &mut PgConnection {
-        &mut self.held.connection
+    pub(super) fn session(&mut self) -> &mut Session {
+        self.session.as_mut().expect("it is taken away only at the end")
     }
 
     /// Its statements are over: it may serve others.
-    pub(super) fn keep(self) {
-        self.of.state().offer(self.held);
+    pub(super) fn keep(mut self) {
+        if let Some(session) = self.session.take() {
+            self.of.state().offer(session);
+        }
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take()
+            && self.purpose == Purpose::Write
+        {
+            let left_behind = &mut self.of.state().left_behind;
+            left_behind.retain(|left| left.at.elapsed() < LEFT_BEHIND);
+            left_behind.push(LeftBehind::new(session.backend));
+        }
     }
 }

@@ -7,12 +7,15 @@ use rand::RngExt as _;
 use sqlx::{Connection as _, migrate::MigrateError, postgres::PgConnection};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::servers::{NoServer, Servers};
+use super::{
+    durability::Durability,
+    servers::{NoServer, Servers},
+};
 use crate::{
     config::Migrations,
     store::{
         StoreHealth,
-        migrate::{self, Applied, Difference, REMEDY},
+        migrate::{self, Applied, REMEDY},
     },
 };
 
@@ -43,9 +46,16 @@ pub(super) enum Tables {
     Migrate,
 }
 
-/// Returns once a server has answered and its tables fit this program, with the migrations that were
-/// applied. `servers` have the options of the connection that applies them; `health` learns why it
-/// takes so long.
+/// A database that is ready.
+pub(super) struct Opened {
+    /// The migrations that were applied.
+    pub(super) applied: Vec<i64>,
+    /// Whether a read can wait for a synchronous standby.
+    pub(super) confirms: bool,
+}
+
+/// Returns once a server has answered and its tables fit this program. `servers` have the options of
+/// the connection that applies migrations; `health` learns why it takes so long.
 ///
 /// # Errors
 /// One line, without a password.
@@ -53,14 +63,11 @@ pub(super) async fn wait_until_ready(
     servers: &Servers,
     tables: Tables,
     health: &StoreHealth,
-) -> Result<Vec<i64>, String> {
+) -> Result<Opened, String> {
     let until = Instant::now() + OPENING;
     loop {
         let why = match prepare(servers, tables, until).await {
-            Ok(difference) => {
-                difference.warn_if_newer();
-                return Ok(difference.pending);
-            }
+            Ok(opened) => return Ok(opened),
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
         };
@@ -75,12 +82,8 @@ pub(super) async fn wait_until_ready(
     }
 }
 
-/// Returns how the tables differed; what was pending is applied.
-async fn prepare(
-    servers: &Servers,
-    tables: Tables,
-    until: Instant,
-) -> Result<Difference, NotReady> {
+/// Makes the tables and the session's durability ready.
+async fn prepare(servers: &Servers, tables: Tables, until: Instant) -> Result<Opened, NotReady> {
     let connected = until.min(Instant::now() + CONNECTING);
     let (mut connection, place) = match timeout_at(connected, servers.connect()).await {
         Ok(Ok(connected)) => connected,
@@ -116,8 +119,17 @@ async fn prepare(
             }
         }
     }
+    let reading = Durability::read(&mut connection);
+    let durability = match timeout_at(Instant::now() + CONNECTING, reading).await {
+        Ok(Ok(durability)) => durability,
+        Ok(Err(error)) => return Err(NotReady::NotYet(error.to_string())),
+        Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
+    };
+    let confirms = durability.confirms().map_err(NotReady::Never)?;
+    durability.warn();
+    difference.warn_if_newer();
     let _ = timeout(CONNECTING, connection.close()).await;
-    Ok(difference)
+    Ok(Opened { applied: difference.pending, confirms })
 }
 
 /// The applied migrations, none if nothing was ever applied; and whether the server takes no writes.
