@@ -181,6 +181,31 @@ async fn a_start_waits_for_a_server_that_takes_writes() {
     service.serving().await;
 }
 
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn a_start_with_nothing_to_migrate_waits_for_a_server_that_takes_writes() {
+    let server = PostgresServer::start().await;
+    Process::start(&server.url(), &[]).await.terminate().await;
+    let set = async |value: &str| {
+        let set = format!("ALTER SYSTEM SET default_transaction_read_only = {value}");
+        for statement in [set.as_str(), "SELECT pg_reload_conf()"] {
+            server
+                .connect()
+                .await
+                .execute(sqlx::AssertSqlSafe(statement.to_owned()))
+                .await
+                .unwrap();
+        }
+    };
+    set("on").await;
+    until_read_only(&server).await;
+    let mut service = Process::spawn(&server.url(), &["--migrations", "check"], |_| {});
+    let line = service.logged("the store does not answer yet").await;
+    assert!(line["cause"].as_str().unwrap().contains("it takes no writes"), "{line}");
+    set("off").await;
+    service.serving().await;
+}
+
 /// Waits until new transactions of a server may not write.
 async fn until_read_only(server: &PostgresServer) {
     let query = "SELECT current_setting('transaction_read_only')";
