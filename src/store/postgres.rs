@@ -38,8 +38,8 @@ pub(super) const WRITERS: usize = 2;
 /// waits for any more.
 const ATTEMPT: Duration = Duration::from_secs(1);
 
-/// How long to wait for the commit of [`RESOLVE_CONFIRMED`]. Longer than an attempt: a retry sends a
-/// new commit, which waits as long again, so that a standby that takes longer than this limit
+/// How long to wait for the commit of [`RESOLVE_CONFIRMED`]. Longer than an attempt: a retry sends
+/// a new commit, which waits as long again, so that a standby that takes longer than this limit
 /// confirms nothing.
 const CONFIRMATION: Duration = Duration::from_secs(5);
 
@@ -64,15 +64,16 @@ const RESOLVE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_
 /// The same, and its own commit waits for the synchronous standby.
 ///
 /// A row that can be read is on the primary's disk, and may be nowhere else: a restart of the
-/// primary, or the end of the backend that committed it, ends the wait for the standby and makes the
-/// row visible. A SELECT waits for nothing. A transaction waits for the standby only if it has an id
-/// and wrote WAL; a transactional logical message does both, and nothing else: no table changes, and
-/// by default any role may send it (no-op updates and row locks need UPDATE and leave dead rows). The
-/// read is in the same transaction, so that no pooler can send the two to different servers. The
-/// message is written once, if there is a row at all, since the subquery depends on none.
+/// primary, or the end of the backend that committed it, ends the wait for the standby and makes
+/// the row visible. A SELECT waits for nothing. A transaction waits for the standby only if it has
+/// an id and wrote WAL; a transactional logical message does both, and nothing else: no table
+/// changes, and by default any role may send it (no-op updates and row locks need UPDATE and leave
+/// dead rows). The read is in the same transaction, so that no pooler can send the two to different
+/// servers. The message is written once, if there is a row at all, since the subquery depends on
+/// none.
 ///
-/// Cost: a batch with a replay flushes about 100 bytes of WAL more than a read, and takes as long as
-/// a commit. A batch of new orders does not come here.
+/// Cost: a batch with a replay flushes about 100 bytes of WAL more than a read, and takes as long
+/// as a commit. A batch of new orders does not come here.
 const RESOLVE_CONFIRMED: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at, \
     (SELECT pg_logical_emit_message(true, 'order-service', '') IS NOT NULL) FROM (\
     SELECT id, product_id, quantity, idempotency_key, placed_at \
@@ -185,8 +186,8 @@ impl Postgres {
                 Ok(resolve(batch, rows))
             }
             Err(failure) if failure.no_answer => {
-                let cause = "no commit of the server within 5 s, as when its synchronous standby is \
-                             down";
+                let cause = "no commit of the server within 5 s, as when its synchronous standby \
+                             is down";
                 let failure = self.failed(taken, Failure { cause: cause.to_owned(), ..failure });
                 // It would wait until the standby is back, and each retry adds another one.
                 let _ = self.terminate(&[backend]).await;

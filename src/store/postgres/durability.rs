@@ -2,8 +2,8 @@
 
 use sqlx::{Row as _, postgres::PgConnection};
 
-/// The settings as the role's sessions have them (NULL where the server has none); the function that
-/// sends a logical message, and whether the role may call it. The function's arguments differ:
+/// The settings as the role's sessions have them (NULL where the server has none); the function
+/// that sends a logical message, and whether the role may call it. The function's arguments differ:
 /// PostgreSQL 17 added one.
 const SETTINGS: &str = "SELECT current_setting('synchronous_commit', true) = 'off', \
     current_setting('fsync', true) = 'off', current_setting('full_page_writes', true) = 'off', \
