@@ -66,9 +66,13 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Mutex as StdMutex,
-        mpsc::{Receiver, Sender, channel},
+    use std::{
+        future::poll_fn,
+        sync::{
+            Mutex as StdMutex,
+            mpsc::{Receiver, Sender, channel},
+        },
+        task::Poll,
     };
 
     use prometheus::{
@@ -76,7 +80,6 @@ mod tests {
         core::{Collector, Desc},
         proto::MetricFamily,
     };
-    use tokio::task::JoinSet;
 
     use super::*;
 
@@ -119,18 +122,19 @@ mod tests {
             begins
         });
         let begins = begins.await.unwrap();
-        let mut waiting = JoinSet::new();
+        let mut waiting = Vec::new();
         for _ in 0..100 {
             let pages = pages.clone();
-            waiting.spawn(async move { pages.render().await.unwrap() });
+            let mut scrape = Box::pin(async move { pages.render().await.unwrap() });
+            // It is in line.
+            poll_fn(|cx| Poll::Ready(assert!(scrape.as_mut().poll(cx).is_pending()))).await;
+            waiting.push(scrape);
         }
-        // They are in line.
-        tokio::task::yield_now().await;
         go.send(()).unwrap();
         go.send(()).unwrap();
         assert!(first.await.unwrap().ends_with(b"renderings 1\n"));
-        for page in waiting.join_all().await {
-            assert!(page.ends_with(b"renderings 2\n"));
+        for scrape in waiting {
+            assert!(scrape.await.ends_with(b"renderings 2\n"));
         }
         assert_eq!(begins.try_iter().count(), 1);
     }
