@@ -10,7 +10,7 @@
 use std::{
     path::Path,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -19,7 +19,7 @@ use std::{
 use order_service::{
     config::Migrations,
     metrics::Metrics,
-    order::{Order, Quantity},
+    order::{Order, OrderIds, Quantity},
     store::{NewOrder, Store, StoreHealth, Writers},
 };
 use sqlx::{
@@ -38,7 +38,8 @@ const TURN: Duration = Duration::from_secs(2);
 const TURNS: usize = 3;
 
 fn new_order() -> NewOrder {
-    NewOrder { order: Order::new("book".parse().unwrap(), Quantity::ONE), key: None }
+    static IDS: LazyLock<OrderIds> = LazyLock::new(OrderIds::new);
+    NewOrder { order: Order::new("book".parse().unwrap(), Quantity::ONE, &IDS), key: None }
 }
 
 /// Runs a call over and over, this many at a time, for one turn; returns calls per second.

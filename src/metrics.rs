@@ -153,6 +153,8 @@ pub struct StoreMetrics {
     pub batch_orders: Histogram,
     /// `order_store_queue_orders`: orders waiting for a writer.
     pub queue_orders: IntGauge,
+    /// `order_store_up`: 1 while the store answers, 0 before it has answered and while it fails.
+    pub up: IntGauge,
     errors: [IntCounter; 6],
 }
 
@@ -197,15 +199,22 @@ impl StoreMetrics {
                 "Orders that wait for a writer of the store.",
             )?,
         )?;
+        let up = registered(
+            registry,
+            IntGauge::new("order_store_up", "1 while the store answers, else 0.")?,
+        )?;
         let errors = IntCounterVec::new(
-            Opts::new("order_store_errors_total", "Failed attempts to commit a batch, by kind."),
+            Opts::new(
+                "order_store_errors_total",
+                "Failed attempts to commit a batch, stale statements and unreadable rows, by kind.",
+            ),
             &["kind"],
         )?;
         let [unavailable, timeout, conflict, constraint, full, other] =
             STORE_ERROR_KINDS.map(|kind| child(&errors, &[kind]));
         registry.register(Box::new(errors))?;
         let errors = [unavailable?, timeout?, conflict?, constraint?, full?, other?];
-        Ok(Self { placed, commit_seconds, batch_orders, queue_orders, errors })
+        Ok(Self { placed, commit_seconds, batch_orders, queue_orders, up, errors })
     }
 
     /// The counter of `order_store_errors_total` for one kind.

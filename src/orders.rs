@@ -10,8 +10,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{
     error::{BadField, Error},
-    order::{Expected, IdempotencyKey, Order, OrderId, Placed, ProductId, Quantity},
-    store::{NewOrder, Store},
+    order::{Expected, IdempotencyKey, Order, OrderId, OrderIds, Placed, ProductId, Quantity},
+    store::{Listed, NewOrder, Store},
 };
 
 /// A field that should be a number: the number, or the text that is none.
@@ -30,7 +30,7 @@ pub struct PlaceOrder<'a> {
 
 impl PlaceOrder<'_> {
     /// The order with an id and a time, ready to be queued.
-    fn check(&self) -> Result<NewOrder, Error> {
+    fn check(&self, ids: &OrderIds) -> Result<NewOrder, Error> {
         let mut bad = Vec::new();
         let product_id = parse::<ProductId>("product_id", self.product_id, &mut bad);
         let quantity = match &self.quantity {
@@ -43,7 +43,7 @@ impl PlaceOrder<'_> {
         };
         match (product_id, quantity) {
             (Some(product_id), Some(quantity)) if bad.is_empty() => {
-                Ok(NewOrder { order: Order::new(product_id, quantity), key })
+                Ok(NewOrder { order: Order::new(product_id, quantity, ids), key })
             }
             _ => Err(Error::Invalid(bad)),
         }
@@ -62,7 +62,7 @@ pub struct ListOrders<'a> {
 /// A page of orders, newest first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
-    /// At most as many as asked for.
+    /// At most as many as asked for; fewer if stored rows cannot be read.
     pub orders: Vec<Order>,
     /// The token of the next page; empty on the last.
     pub next_page_token: String,
@@ -77,13 +77,14 @@ pub struct Orders(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     store: Store,
+    ids: OrderIds,
     processing_delay: Duration,
 }
 
 impl Orders {
     /// Orders kept in `store`; each takes `processing_delay` of simulated work before it is queued.
     pub fn new(store: Store, processing_delay: Duration) -> Self {
-        Self(Arc::new(Shared { store, processing_delay }))
+        Self(Arc::new(Shared { store, ids: OrderIds::new(), processing_delay }))
     }
 
     /// Places an order, or finds the one that its idempotency key has already placed.
@@ -92,13 +93,13 @@ impl Orders {
     /// `Invalid` with every bad field, `KeyReused`, `Shed` if the queue is full, `StoreUnavailable`,
     /// `DeadlineExceeded`, `Internal`.
     pub async fn place(&self, order: PlaceOrder<'_>, deadline: Instant) -> Result<Placed, Error> {
-        let mut new = order.check()?;
+        let mut new = order.check(&self.0.ids)?;
         if !self.0.processing_delay.is_zero() {
             let work = timeout_at(deadline, sleep(self.0.processing_delay)).await;
             work.map_err(|_| Error::DeadlineExceeded)?;
             // The id and the time are those of the order's queueing, close to its commit, so that
             // a page that was read is not joined later by an order that sorts into it.
-            new.order = Order::new(new.order.product_id, new.order.quantity);
+            new.order = Order::new(new.order.product_id, new.order.quantity, &self.0.ids);
         }
         Ok(self.0.store.place(new, deadline).await?)
     }
@@ -125,14 +126,9 @@ impl Orders {
         };
         let Some(size) = size.filter(|_| bad.is_empty()) else { return Err(Error::Invalid(bad)) };
 
-        // One more than the page holds tells whether there is a next one.
-        let mut orders = self.0.store.list(before, size + 1, deadline).await?;
-        let more = orders.len() > size as usize;
-        orders.truncate(size as usize);
-        let next_page_token = match orders.last() {
-            Some(last) if more => BASE64_URL_SAFE_NO_PAD.encode(last.id.as_bytes()),
-            _ => String::new(),
-        };
+        let Listed { orders, next } = self.0.store.list(before, size, deadline).await?;
+        let token = |id: OrderId| BASE64_URL_SAFE_NO_PAD.encode(id.as_bytes());
+        let next_page_token = next.map(token).unwrap_or_default();
         Ok(Page { orders, next_page_token })
     }
 }

@@ -10,10 +10,13 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout_at},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use self::{
     batcher::Queue,
     engine::{Engine, Failure, Remedy},
+    rows::Stored,
+    unreadable::Unreadable,
 };
 use crate::{
     config::{DatabaseUrl, Migrations},
@@ -22,14 +25,18 @@ use crate::{
 };
 
 mod batcher;
+mod dry_run;
 mod engine;
+mod foreign_tables;
 mod health;
+mod idle_probe;
 mod migrate;
 mod postgres;
 mod readers;
 mod replies;
 mod rows;
 mod sqlite;
+mod unreadable;
 
 pub use self::health::{StoreHealth, StoreStatus};
 
@@ -73,12 +80,22 @@ pub struct OpenError {
     cause: String,
 }
 
+/// A page of the stored orders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The orders, newest first.
+    pub orders: Vec<Order>,
+    /// Where the next page begins: below this id. `None` on the last page.
+    pub next: Option<OrderId>,
+}
+
 /// A store of orders. A clone is cheap; each holds the queue open.
 #[derive(Debug, Clone)]
 pub struct Store {
     engine: Arc<Engine>,
     queue: Queue,
     health: StoreHealth,
+    unreadable: Arc<Unreadable>,
 }
 
 impl Store {
@@ -102,16 +119,20 @@ impl Store {
             }
             DatabaseUrl::SqliteMemory => sqlite::Sqlite::open_memory().await.map(Engine::Sqlite),
             DatabaseUrl::Postgres(url) => {
-                let opened = postgres::Postgres::open(url, pool, migrations, &health).await;
-                opened.map(Engine::Postgres)
+                let opened =
+                    postgres::Postgres::open(url, pool, migrations, metrics.clone(), &health);
+                opened.await.map(Engine::Postgres)
             }
         };
         let engine = opened.map_err(|cause| OpenError { url: url.to_string(), cause })?;
         let engine = Arc::new(engine);
+        health.show(metrics.up.clone());
         health.answered();
+        let unreadable = Arc::new(Unreadable::new(metrics.clone()));
+        let idle_probe = idle_probe::start(engine.clone(), health.clone());
         let (queue, tasks) = batcher::start(&engine, metrics, &health);
-        let writers = Writers { tasks, engine: engine.clone() };
-        Ok((Self { engine, queue, health }, writers))
+        let writers = Writers { tasks, idle_probe, engine: engine.clone() };
+        Ok((Self { engine, queue, health, unreadable }, writers))
     }
 
     /// Places an order, or finds the one that its key has already placed.
@@ -133,17 +154,24 @@ impl Store {
         self.read(self.engine.get(id), deadline).await
     }
 
-    /// Reads at most `limit` orders, newest first, beginning below `before`.
+    /// Reads a page of at most `size` orders, newest first, beginning below `before`. A stored row
+    /// that cannot be read as an order is left out, and reported once.
     ///
     /// # Errors
     /// `ReadersBusy`, `Unavailable`, `DeadlineExceeded` or `Internal`.
     pub async fn list(
         &self,
         before: Option<OrderId>,
-        limit: u32,
+        size: u32,
         deadline: Instant,
-    ) -> Result<Vec<Order>, StoreError> {
-        self.read(self.engine.list(before, limit), deadline).await
+    ) -> Result<Listed, StoreError> {
+        // One more than the page holds tells whether there is a next one.
+        let limit = size.saturating_add(1);
+        let mut rows = self.read(self.engine.list(before, limit), deadline).await?;
+        let more = rows.len() > size as usize;
+        rows.truncate(size as usize);
+        let next = rows.last().filter(|_| more).map(Stored::id);
+        Ok(Listed { orders: self.unreadable.leave_out(rows), next })
     }
 
     async fn read<T>(
@@ -193,6 +221,7 @@ pub async fn migrate(url: &DatabaseUrl) -> Result<Vec<i64>, OpenError> {
 #[derive(Debug)]
 pub struct Writers {
     tasks: JoinSet<()>,
+    idle_probe: AbortOnDropHandle<()>,
     engine: Arc<Engine>,
 }
 
@@ -223,6 +252,9 @@ impl Writers {
                 result = Err(WriterEnded(error.to_string()));
             }
         }
+        // Awaited, since it holds the engine, and that the lock of a file.
+        self.idle_probe.abort();
+        let _ = self.idle_probe.await;
         self.engine.close().await;
         result
     }

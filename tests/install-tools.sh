@@ -26,6 +26,8 @@ need python3 python3-venv
 need npm npm
 need etcd etcd-server
 need patroni patroni
+[ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
+compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || missing+=(libfaketime)
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 if [ ${#missing[@]} -gt 0 ]; then
   as_root apt-get update -q

@@ -1,16 +1,20 @@
 //! What each Rust server that stores nothing does for an order: the same checks, and an answer of the
 //! same size and headers.
 
+use std::sync::LazyLock;
+
 use axum::{
     extract::RawQuery,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use order_service::{
-    order::{Expected, Order, Quantity},
+    order::{Expected, Order, OrderIds, Quantity},
     proto::{self, PlaceRequest, PlaceResponse},
 };
 use tonic::Status;
+
+static IDS: LazyLock<OrderIds> = LazyLock::new(OrderIds::new);
 
 /// `Place`.
 pub fn place(request: &PlaceRequest) -> Result<PlaceResponse, Status> {
@@ -18,7 +22,7 @@ pub fn place(request: &PlaceRequest) -> Result<PlaceResponse, Status> {
     let product_id = request.product_id.parse().map_err(invalid)?;
     let quantity = u64::from(request.quantity.unwrap_or(1));
     let quantity = Quantity::try_from(quantity).map_err(invalid)?;
-    let order = proto::Order::from(Order::new(product_id, quantity));
+    let order = proto::Order::from(Order::new(product_id, quantity, &IDS));
     Ok(PlaceResponse { order: Some(order), replayed: false })
 }
 
@@ -27,7 +31,7 @@ pub async fn place_by_query(RawQuery(query): RawQuery) -> Result<Response, Statu
     let query = query.unwrap_or_default();
     let product_id = query.strip_prefix("product_id=").unwrap_or("book");
     let product_id = product_id.parse().map_err(|_: Expected| StatusCode::UNPROCESSABLE_ENTITY)?;
-    let order = Order::new(product_id, Quantity::ONE);
+    let order = Order::new(product_id, Quantity::ONE, &IDS);
     let location = HeaderValue::try_from(format!("/orders/{}", order.id));
     let location = location.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     let mut response = "Order placed!".into_response();

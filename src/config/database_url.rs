@@ -39,13 +39,19 @@ impl FromStr for DatabaseUrl {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let text = single_line(text)?;
-        if text == "sqlite::memory:" {
+        // SQLite takes the two other names for memory as well, of each connection for itself.
+        if ["sqlite::memory:", "sqlite://:memory:", "sqlite://file::memory:"].contains(&text) {
             return Ok(Self::SqliteMemory);
         }
         if text.starts_with("postgres://") || text.starts_with("postgresql://") {
             return PostgresUrl::parse(text).map(Self::Postgres);
         }
         match text.strip_prefix("sqlite://") {
+            Some(path) if path.starts_with("file:") => {
+                Err("sqlite://PATH or sqlite::memory: instead of SQLite's file: URI, or \
+                     postgres://USER:PASSWORD@HOST/DATABASE"
+                    .to_owned())
+            }
             Some(path) if !path.is_empty() && !path.contains('?') => {
                 Ok(Self::SqliteFile(path.into()))
             }

@@ -237,7 +237,7 @@ impl Writer {
                             batch
                         }
                         Remedy::GiveUp => {
-                            self.health.failed(failure.cause);
+                            self.health.full(failure.cause);
                             give_up(batch)
                         }
                     }

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::{
     NewOrder, StoreError,
     postgres::{self, Postgres},
+    rows::Stored,
     sqlite::Sqlite,
 };
 use crate::{
@@ -79,7 +80,7 @@ impl Engine {
         &self,
         before: Option<OrderId>,
         limit: u32,
-    ) -> Result<Vec<Order>, Failure> {
+    ) -> Result<Vec<Stored>, Failure> {
         match self {
             Self::Sqlite(engine) => engine.list(before, limit).await,
             Self::Postgres(engine) => engine.list(before, limit).await,
@@ -120,6 +121,8 @@ pub(super) struct Failure {
     pub(super) read_only: bool,
     /// Whether the database did not answer in time, so that the statement may still run.
     pub(super) no_answer: bool,
+    /// Whether a prepared statement was refused that would be accepted if prepared anew.
+    pub(super) stale_statement: bool,
     pub(super) cause: String,
 }
 
@@ -135,6 +138,7 @@ impl Failure {
             had_no_turn: false,
             read_only: false,
             no_answer: false,
+            stale_statement: false,
             cause: cause.into(),
         }
     }

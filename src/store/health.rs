@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use prometheus::IntGauge;
 use tokio::time::Instant;
 
 /// How the store is.
@@ -46,6 +47,12 @@ struct Noted {
     end_is_due: bool,
     /// When a commit or a read failed last.
     failed: Option<Instant>,
+    /// When a commit ended last, either way.
+    last_commit: Instant,
+    /// Whether the disk is full: a probe writes nothing, so that only a commit ends that.
+    full: bool,
+    /// `order_store_up`.
+    up: Option<IntGauge>,
 }
 
 impl Default for StoreHealth {
@@ -63,6 +70,9 @@ impl StoreHealth {
             logged: None,
             end_is_due: false,
             failed: None,
+            last_commit: Instant::now(),
+            full: false,
+            up: None,
         };
         Self { noted: Arc::new(Mutex::new(noted)) }
     }
@@ -94,9 +104,45 @@ impl StoreHealth {
         noted.status = StoreStatus::Opening { why: Some(why) };
     }
 
+    /// Shows from now on in the gauge whether the store is up.
+    pub(super) fn show(&self, up: IntGauge) {
+        let mut noted = self.lock();
+        up.set(i64::from(noted.status == StoreStatus::Up));
+        noted.up = Some(up);
+    }
+
+    /// When a commit ended last, whether it succeeded or failed.
+    pub(super) fn last_commit(&self) -> Instant {
+        self.lock().last_commit
+    }
+
     /// A commit succeeded, or the opening.
     pub(super) fn answered(&self) {
-        self.lock().answered();
+        let mut noted = self.lock();
+        noted.last_commit = Instant::now();
+        noted.full = false;
+        noted.answered();
+    }
+
+    /// A probe succeeded.
+    pub(super) fn probed(&self) {
+        let mut noted = self.lock();
+        if !noted.full {
+            noted.answered();
+        }
+    }
+
+    /// A probe failed.
+    pub(super) fn probe_failed(&self, why: String) {
+        let mut noted = self.lock();
+        noted.reads_alone = false;
+        noted.failed(why);
+    }
+
+    /// A commit failed for lack of room.
+    pub(super) fn full(&self, why: String) {
+        self.lock().full = true;
+        self.failed(why);
     }
 
     /// A read succeeded.
@@ -110,6 +156,7 @@ impl StoreHealth {
     /// A commit failed.
     pub(super) fn failed(&self, why: String) {
         let mut noted = self.lock();
+        noted.last_commit = Instant::now();
         noted.reads_alone = false;
         noted.failed(why);
     }
@@ -133,6 +180,7 @@ impl Noted {
     fn answered(&mut self) {
         self.reads_alone = false;
         let before = std::mem::replace(&mut self.status, StoreStatus::Up);
+        self.up.iter().for_each(|up| up.set(1));
         if let StoreStatus::Failing { .. } = before
             && std::mem::take(&mut self.end_is_due)
         {
@@ -149,5 +197,33 @@ impl Noted {
         }
         self.failed = Some(Instant::now());
         self.status = StoreStatus::Failing { why };
+        self.up.iter().for_each(|up| up.set(0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_probe_ends_an_outage_unless_the_disk_is_full() {
+        let up = IntGauge::new("up", "up").unwrap();
+        let health = StoreHealth::new();
+        health.show(up.clone());
+        assert_eq!(up.get(), 0);
+        health.answered();
+        assert_eq!(up.get(), 1);
+        health.probe_failed("away".to_owned());
+        assert_eq!(up.get(), 0);
+        health.probed();
+        assert_eq!((health.status(), up.get()), (StoreStatus::Up, 1));
+
+        health.full("no room".to_owned());
+        health.probed();
+        assert_eq!(health.status(), StoreStatus::Failing { why: "no room".to_owned() });
+        health.answered();
+        health.failed("away".to_owned());
+        health.probed();
+        assert_eq!(health.status(), StoreStatus::Up);
     }
 }

@@ -9,6 +9,9 @@ use sqlx::{
     migrate::{Migration, MigrationType, Migrator},
 };
 
+/// The version and the description of the first migration of both engines.
+pub(super) const FIRST: (i64, &str) = (1, "orders");
+
 const SQLITE: &[(i64, &str, &str)] =
     &[(1, "orders", include_str!("../../migrations/sqlite/0001_orders.sql"))];
 const POSTGRES: &[(i64, &str, &str)] =

@@ -2,30 +2,32 @@
 
 use std::time::Duration;
 
-use sqlx::{Row as _, error::DatabaseError, postgres::PgRow};
+use sqlx::{error::DatabaseError, postgres::PgRow};
 use tokio::time::{Instant, timeout};
-use uuid::Uuid;
 
 use self::{
     connections::{Connections, Taken},
     opening::{Opened, Tables},
+    rows::{ids, insert, keys, stored_row, uuid},
     servers::Servers,
     session::{Backend, LeftBehind, Session},
 };
 use super::{
     NewOrder, StoreHealth,
     engine::{Failure, Outcome, Purpose, Remedy},
-    rows::{Stored, millis, resolve},
+    rows::{Stored, resolve},
 };
 use crate::{
     config::{Migrations, PostgresUrl},
-    metrics::StoreErrorKind,
-    order::{IdempotencyKey, Order, OrderId},
+    metrics::{StoreErrorKind, StoreMetrics},
+    order::{Order, OrderId},
 };
 
 mod connections;
+mod dry_run;
 mod durability;
 mod opening;
+mod rows;
 mod servers;
 mod session;
 mod warnings;
@@ -92,6 +94,7 @@ const NEXT_PAGE: &str = "SELECT id, product_id, quantity, idempotency_key, place
 pub(super) struct Postgres {
     connections: Connections,
     resolve: &'static str,
+    metrics: StoreMetrics,
 }
 
 impl Postgres {
@@ -99,63 +102,70 @@ impl Postgres {
         url: &PostgresUrl,
         pool: usize,
         migrations: Migrations,
+        metrics: StoreMetrics,
         health: &StoreHealth,
     ) -> Result<Self, String> {
         let servers = Servers::new(url);
-        // Without the time limits: a migration of a large table takes what it takes.
+        // Migrations run without the time limits: one of a large table takes what it takes.
+        let limited = limited(url);
+        let tables = Tables::Serve(migrations);
         let Opened { confirms, .. } =
-            opening::wait_until_ready(&servers, Tables::Serve(migrations), health).await?;
-        let servers = servers.map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]));
+            opening::wait_until_ready(&servers, &limited, tables, health).await?;
         let resolve = if confirms { RESOLVE_CONFIRMED } else { RESOLVE };
-        Ok(Self { connections: Connections::new(servers, pool, WRITERS), resolve })
+        Ok(Self { connections: Connections::new(limited, pool, WRITERS), resolve, metrics })
     }
 
     /// Applies the pending migrations and returns their versions.
     pub(super) async fn migrate(url: &PostgresUrl) -> Result<Vec<i64>, String> {
         let health = StoreHealth::new();
         let servers = Servers::new(url);
-        Ok(opening::wait_until_ready(&servers, Tables::Migrate, &health).await?.applied)
+        let limited = limited(url);
+        let opened = opening::wait_until_ready(&servers, &limited, Tables::Migrate, &health);
+        Ok(opened.await?.applied)
     }
 
+    /// A prepared statement that is outdated is tried once more: see [`is_stale_statement`].
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
-        let ids: Vec<Uuid> = batch.iter().map(|new| uuid(new.order.id)).collect();
-        let products: Vec<&str> = batch.iter().map(|new| new.order.product_id.as_str()).collect();
-        let quantities: Vec<i32> =
-            batch.iter().map(|new| new.order.quantity.get().into()).collect();
-        let keys: Vec<Option<&str>> =
-            batch.iter().map(|new| new.key.as_ref().map(IdempotencyKey::as_str)).collect();
-        let placed: Vec<i64> = batch.iter().map(|new| millis(new.order.placed_at)).collect();
+        match self.try_commit(batch).await {
+            Err(failure) if failure.stale_statement => {
+                // The first attempt may have committed what the second one finds refused.
+                self.try_commit(batch).await.map_err(|again| Failure {
+                    outcome_unknown: again.outcome_unknown || failure.outcome_unknown,
+                    ..again
+                })
+            }
+            committed => committed,
+        }
+    }
 
+    async fn try_commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
         let mut taken = self.connections.take(Purpose::Write).await?;
         let session = taken.session();
-        let insert = sqlx::query(INSERT)
-            .bind(&ids)
-            .bind(&products)
-            .bind(&quantities)
-            .bind(&keys)
-            .bind(&placed)
-            .fetch_all(&mut session.connection);
+        let insert = insert(&mut session.connection, batch);
         let inserted = within(ATTEMPT, session.warnings.during(insert)).await;
         // Not to be taken for the next statement's.
         let warned = session.warnings.take();
         match inserted {
-            Ok(inserted) if inserted.len() == batch.len() && !warned => {
+            Ok(inserted) if inserted == batch.len() && !warned => {
                 taken.keep();
                 Ok(vec![Outcome::New; batch.len()])
             }
             // Some were there before; or the wait for the standby may have been cancelled.
-            Ok(_) => self.resolve(taken, batch, &ids, &keys).await,
+            Ok(_) => self.resolve(taken, batch).await,
             Err(failure) => Err(self.failed(taken, failure)),
         }
     }
 
     /// Finds out what became of the orders of a batch, and stores none.
     pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
-        let ids: Vec<Uuid> = batch.iter().map(|new| uuid(new.order.id)).collect();
-        let keys: Vec<Option<&str>> =
-            batch.iter().map(|new| new.key.as_ref().map(IdempotencyKey::as_str)).collect();
         let taken = self.connections.take(Purpose::Write).await?;
-        self.resolve(taken, batch, &ids, &keys).await
+        match self.resolve(taken, batch).await {
+            Err(failure) if failure.stale_statement => {
+                let taken = self.connections.take(Purpose::Write).await?;
+                self.resolve(taken, batch).await
+            }
+            looked_up => looked_up,
+        }
     }
 
     /// Whatever fails here, orders of the batch may be committed.
@@ -163,12 +173,10 @@ impl Postgres {
         &self,
         mut taken: Taken<'_>,
         batch: &[NewOrder],
-        ids: &[Uuid],
-        keys: &[Option<&str>],
     ) -> Result<Vec<Outcome>, Failure> {
         let session = taken.session();
         let backend = session.backend;
-        let read = sqlx::query(self.resolve).bind(ids).bind(keys);
+        let read = sqlx::query(self.resolve).bind(ids(batch)).bind(keys(batch));
         let read = read.fetch_all(&mut session.connection);
         let rows = within(CONFIRMATION, session.warnings.during(read)).await;
         let warned = session.warnings.take();
@@ -233,7 +241,9 @@ impl Postgres {
     /// the server every idle connection is broken.
     pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
         match self.try_get(id).await {
-            Err(failure) if failure.is_of_connection() => self.try_get(id).await,
+            Err(failure) if failure.is_of_connection() || failure.stale_statement => {
+                self.try_get(id).await
+            }
             read => read,
         }
     }
@@ -243,9 +253,11 @@ impl Postgres {
         &self,
         before: Option<OrderId>,
         limit: u32,
-    ) -> Result<Vec<Order>, Failure> {
+    ) -> Result<Vec<Stored>, Failure> {
         match self.try_list(before, limit).await {
-            Err(failure) if failure.is_of_connection() => self.try_list(before, limit).await,
+            Err(failure) if failure.is_of_connection() || failure.stale_statement => {
+                self.try_list(before, limit).await
+            }
             read => read,
         }
     }
@@ -260,7 +272,7 @@ impl Postgres {
         .await
     }
 
-    async fn try_list(&self, before: Option<OrderId>, limit: u32) -> Result<Vec<Order>, Failure> {
+    async fn try_list(&self, before: Option<OrderId>, limit: u32) -> Result<Vec<Stored>, Failure> {
         self.attempt(Purpose::Read, async |session| {
             let query = sqlx::query(if before.is_some() { NEXT_PAGE } else { FIRST_PAGE });
             let query = query.bind(i64::from(limit));
@@ -270,7 +282,7 @@ impl Postgres {
             };
             let rows = query.fetch_all(&mut session.connection).await;
             let rows = rows.map_err(|error| failure(&error))?;
-            rows.iter().map(order_of_row).collect()
+            rows.iter().map(stored_row).collect::<Result<_, _>>().map_err(|error| failure(&error))
         })
         .await
     }
@@ -303,6 +315,10 @@ impl Postgres {
         } else if failure.kind == StoreErrorKind::Unavailable || failure.no_answer {
             self.connections.distrust();
         } else {
+            if failure.stale_statement {
+                self.metrics.errors(failure.kind).inc();
+                self.connections.replace(&taken);
+            }
             // The server refused, and the transaction is over.
             taken.keep();
         }
@@ -312,6 +328,11 @@ impl Postgres {
     pub(super) async fn close(&self) {
         self.connections.close().await;
     }
+}
+
+/// The servers with the options of placing orders.
+fn limited(url: &PostgresUrl) -> Servers {
+    Servers::new(url).map(|options| options.options([STATEMENT_TIMEOUT, LOCK_TIMEOUT]))
 }
 
 async fn within<T>(
@@ -324,24 +345,20 @@ async fn within<T>(
     }
 }
 
-fn uuid(id: OrderId) -> Uuid {
-    Uuid::from_bytes(*id.as_bytes())
-}
-
-fn stored_row(row: &PgRow) -> Result<Stored, sqlx::Error> {
-    let id: Uuid = row.try_get("id")?;
-    let product_id: String = row.try_get("product_id")?;
-    let quantity: i32 = row.try_get("quantity")?;
-    let (key, placed_at) = (row.try_get("idempotency_key")?, row.try_get("placed_at")?);
-    Ok(Stored::new(id.into_bytes(), &product_id, quantity.into(), key, placed_at))
-}
-
 fn order_of_row(row: &PgRow) -> Result<Order, Failure> {
     stored_row(row).map_err(|error| failure(&error))?.into_order()
 }
 
 fn failure(error: &sqlx::Error) -> Failure {
-    Failure::new(error, of_database)
+    Failure { stale_statement: is_stale_statement(error), ..Failure::new(error, of_database) }
+}
+
+/// Whether a prepared statement must be prepared anew: the table's columns changed (0A000, which
+/// none of the statements causes by itself), or a pooler gave the connection another server
+/// process, which does not have the statement (26000) or has one of that name (42P05).
+fn is_stale_statement(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(DatabaseError::code);
+    matches!(code.as_deref(), Some("0A000" | "26000" | "42P05"))
 }
 
 /// By SQLSTATE (PostgreSQL, appendix A).

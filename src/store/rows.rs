@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     metrics::StoreErrorKind,
-    order::{Order, OrderId, Quantity},
+    order::{LATEST, Order, OrderId, Quantity},
 };
 
 /// Milliseconds since 1970.
@@ -39,19 +39,38 @@ impl Stored {
         Self { id, key, order: order(id, product_id, quantity, placed_at) }
     }
 
-    /// The order, for a reader.
+    /// Of a row whose columns cannot all be read.
+    pub(super) fn unreadable(id: [u8; 16], column: &str) -> Self {
+        let id = OrderId::from_bytes(id);
+        Self { id, key: None, order: Err(out_of_range(id, column)) }
+    }
+
+    pub(super) fn id(&self) -> OrderId {
+        self.id
+    }
+
+    /// The order, for a reader of this one alone.
     pub(super) fn into_order(self) -> Result<Order, Failure> {
-        self.order.map_err(|cause| Failure::nothing_done(StoreErrorKind::Other, cause))
+        self.into_result().map_err(|cause| Failure::nothing_done(StoreErrorKind::Other, cause))
+    }
+
+    /// The order, or why it cannot be one.
+    pub(super) fn into_result(self) -> Result<Order, String> {
+        self.order
     }
 }
 
+fn out_of_range(id: OrderId, column: &str) -> String {
+    format!("the stored order {id} has a {column} out of range")
+}
+
 fn order(id: OrderId, product_id: &str, quantity: i64, placed_at: i64) -> Result<Order, String> {
-    let wrong = |column: &str| format!("the stored order {id} has a {column} out of range");
+    let wrong = |column| out_of_range(id, column);
     let product_id = product_id.parse().map_err(|_| wrong("product_id"))?;
     let quantity = u64::try_from(quantity).ok().and_then(|n| Quantity::try_from(n).ok());
     let quantity = quantity.ok_or_else(|| wrong("quantity"))?;
-    let since_1970 = u64::try_from(placed_at).map(Duration::from_millis);
-    let placed_at = since_1970.ok().and_then(|since| UNIX_EPOCH.checked_add(since));
+    let since_1970 = u64::try_from(placed_at).ok().filter(|millis| *millis <= LATEST);
+    let placed_at = since_1970.map(|millis| UNIX_EPOCH + Duration::from_millis(millis));
     Ok(Order { id, product_id, quantity, placed_at: placed_at.ok_or_else(|| wrong("placed_at"))? })
 }
 

@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use sqlx::{
-    AssertSqlSafe, ConnectOptions as _, Row as _, SqlitePool,
+    AssertSqlSafe, ConnectOptions as _, Row as _, SqliteConnection, SqlitePool,
     error::DatabaseError,
     sqlite::{
         SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
@@ -17,8 +17,9 @@ use self::{
     maintainer::{Maintainer, WAL_LIMIT},
 };
 use super::{
-    NewOrder, StoreHealth,
+    NewOrder, StoreHealth, dry_run,
     engine::{Failure, Outcome},
+    foreign_tables,
     migrate::{self, Applied, REMEDY},
     readers::{self, Readers},
     rows::{Stored, millis, resolve},
@@ -31,6 +32,7 @@ use crate::{
 
 mod lock;
 mod maintainer;
+mod opening;
 
 /// How long an attempt waits for another program that holds the database.
 const BUSY_TIMEOUT: Duration = Duration::from_millis(100);
@@ -69,6 +71,7 @@ pub(super) struct Sqlite {
 }
 
 impl Sqlite {
+    /// `health` learns why it takes so long while another program holds the database.
     pub(super) async fn open_file(
         path: &Path,
         migrations: Migrations,
@@ -88,7 +91,23 @@ impl Sqlite {
         let (writer_pool, readers_turns) = (writer.clone(), turns.clone());
         let maintainer =
             Maintainer::start(lock.clone(), writer_pool, readers_turns, health.clone());
-        Ok(Self { writer, readers, turns, file: Some((lock, maintainer)) })
+        let opened = Self { writer, readers, turns, file: Some((lock, maintainer)) };
+        opening::wait_until_ready(&opened, health).await?;
+        Ok(opened)
+    }
+
+    /// Does what placing an order and reading one does; nothing of it is kept.
+    async fn dry_run(&self) -> Result<(), sqlx::Error> {
+        let mut transaction = self.writer.begin_with("BEGIN IMMEDIATE").await?;
+        let new = dry_run::order();
+        match insert(&mut transaction, std::slice::from_ref(&new)).await {
+            // A constraint or a trigger of the administrator's, which other orders may pass.
+            Err(error) if failure(&error).kind == StoreErrorKind::Constraint => {}
+            inserted => drop(inserted?),
+        }
+        transaction.rollback().await?;
+        let read = sqlx::query(GET).bind(&new.order.id.as_bytes()[..]);
+        read.fetch_optional(&self.readers).await.map(drop)
     }
 
     /// One connection for all: each has a memory of its own, and it ends with its connection. The
@@ -121,21 +140,12 @@ impl Sqlite {
             let held = lock.check();
             held.map_err(|cause| Failure::nothing_done(StoreErrorKind::Unavailable, cause))?;
         }
-        let mut insert = sqlx::query(AssertSqlSafe(insert(batch.len())));
-        for NewOrder { order, key } in batch {
-            insert = insert
-                .bind(&order.id.as_bytes()[..])
-                .bind(order.product_id.as_str())
-                .bind(order.quantity.get())
-                .bind(key.as_ref().map(IdempotencyKey::as_str))
-                .bind(millis(order.placed_at));
-        }
-        let inserted = insert.execute(&self.writer).await;
+        let inserted = async { insert(&mut *self.writer.acquire().await?, batch).await }.await;
         let inserted = inserted.map_err(|error| failure(&error))?;
         if let Some((_, maintainer)) = &self.file {
             maintainer.committed();
         }
-        if inserted.rows_affected() == batch.len() as u64 {
+        if inserted == batch.len() as u64 {
             return Ok(vec![Outcome::New; batch.len()]);
         }
         // Those that were there already: sent before, or named by a key before.
@@ -166,13 +176,13 @@ impl Sqlite {
         &self,
         before: Option<OrderId>,
         limit: u32,
-    ) -> Result<Vec<Order>, Failure> {
+    ) -> Result<Vec<Stored>, Failure> {
         let _turn = self.turn().await?;
         // SQLite orders blobs by their bytes, and no 16 bytes sort after 17 of the highest.
         let before = before.map_or(vec![0xff; 17], |id| id.as_bytes().to_vec());
         let query = sqlx::query(PAGE).bind(before).bind(limit);
         let rows = query.fetch_all(&self.readers).await.map_err(|error| failure(&error))?;
-        rows.iter().map(order_of_row).collect()
+        rows.iter().map(stored_row).collect::<Result<_, _>>().map_err(|error| failure(&error))
     }
 
     async fn turn(&self) -> Result<SemaphorePermit<'_>, Failure> {
@@ -195,7 +205,7 @@ impl Sqlite {
 /// its own flush.
 async fn make_durable(writer: &SqlitePool) -> Result<(), String> {
     let flushed = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(writer).await;
-    flushed.map(|_| ()).map_err(|error| format!("its WAL: {error}"))
+    flushed.map(|_| ()).map_err(|error| format!("its WAL: {}", opening::cause(&error)))
 }
 
 fn file_options(lock: &Lock) -> SqliteConnectOptions {
@@ -218,15 +228,19 @@ async fn open(
     options: &SqliteConnectOptions,
     migrations: Migrations,
 ) -> Result<(SqlitePool, Vec<i64>), String> {
-    let pool = pool.connect_with(options.clone()).await.map_err(|error| error.to_string())?;
+    let pool = pool.connect_with(options.clone()).await.map_err(|error| opening::cause(&error))?;
     let migrator = migrate::sqlite();
-    let applied = applied(&pool).await.map_err(|error| format!("its tables: {error}"))?;
+    let orders = "SELECT COUNT(*) > 0 FROM sqlite_schema WHERE name = 'orders'";
+    let orders = sqlx::query_scalar(orders).fetch_one(&pool).await;
+    let orders: bool = orders.map_err(|error| opening::cause(&error))?;
+    let applied = applied(&pool).await.map_err(|error| opening::cause(&error))?;
+    foreign_tables::check(orders, &applied)?;
     let difference = migrate::compare(&migrator, &applied)?;
     if let (Migrations::Check, Some(why)) = (migrations, difference.refusal()) {
         return Err(why);
     }
     if !difference.pending.is_empty() {
-        migrator.run(&pool).await.map_err(|error| format!("its tables: {error}"))?;
+        migrator.run(&pool).await.map_err(|error| opening::migration_cause(&error))?;
     }
     difference.warn_if_newer();
     Ok((pool, difference.pending))
@@ -241,9 +255,23 @@ async fn applied(pool: &SqlitePool) -> Result<Vec<Applied>, sqlx::Error> {
     sqlx::query_as(migrate::LIST).fetch_all(pool).await
 }
 
+/// Inserts those of a batch that are not there yet; returns how many were inserted.
+async fn insert(connection: &mut SqliteConnection, batch: &[NewOrder]) -> Result<u64, sqlx::Error> {
+    let mut insert = sqlx::query(AssertSqlSafe(statement(batch.len())));
+    for NewOrder { order, key } in batch {
+        insert = insert
+            .bind(&order.id.as_bytes()[..])
+            .bind(order.product_id.as_str())
+            .bind(order.quantity.get())
+            .bind(key.as_ref().map(IdempotencyKey::as_str))
+            .bind(millis(order.placed_at));
+    }
+    Ok(insert.execute(connection).await?.rows_affected())
+}
+
 /// The statement for that many orders. Its rows are a power of two, so that a few statements serve
 /// all batches and stay prepared; the rows without an order are not bound, which is NULL.
-fn insert(orders: usize) -> String {
+fn statement(orders: usize) -> String {
     const ROW: &str = "(?,?,?,?,?)";
     let more = format!(",{ROW}").repeat(orders.next_power_of_two() - 1);
     let (before, after) = INSERT;
@@ -256,10 +284,17 @@ fn hex(id: OrderId) -> String {
 
 fn stored_row(row: &SqliteRow) -> Result<Stored, sqlx::Error> {
     let id: Vec<u8> = row.try_get("id")?;
-    let id = id.try_into().map_err(|_| sqlx::Error::Decode("an id is not 16 bytes".into()))?;
-    let product_id: String = row.try_get("product_id")?;
+    let id: [u8; 16] =
+        id.try_into().map_err(|_| sqlx::Error::Decode("an id is not 16 bytes".into()))?;
+    // STRICT keeps the types, and not the encoding of a text.
+    let Ok(product_id) = row.try_get::<String, _>("product_id") else {
+        return Ok(Stored::unreadable(id, "product_id"));
+    };
+    let Ok(key) = row.try_get("idempotency_key") else {
+        return Ok(Stored::unreadable(id, "idempotency_key"));
+    };
     let (quantity, placed_at) = (row.try_get("quantity")?, row.try_get("placed_at")?);
-    Ok(Stored::new(id, &product_id, quantity, row.try_get("idempotency_key")?, placed_at))
+    Ok(Stored::new(id, &product_id, quantity, key, placed_at))
 }
 
 fn order_of_row(row: &SqliteRow) -> Result<Order, Failure> {

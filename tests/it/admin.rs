@@ -82,6 +82,7 @@ async fn every_series_exists_at_0_after_the_start() {
     for kind in ["unavailable", "timeout", "conflict", "constraint", "full", "other"] {
         assert_eq!(page.value("order_store_errors_total", &[&format!("kind=\"{kind}\"")]), 0.0);
     }
+    assert_eq!(page.value("order_store_up", &[]), 1.0, "it has answered");
     for name in [
         "connections_open",
         "connections_accepted_total",

@@ -1,11 +1,11 @@
 //! Stores opened in this process, over each database there is.
 
-use std::path::Path;
+use std::{path::Path, sync::LazyLock};
 
 use order_service::{
     config::{DatabaseUrl, Migrations},
     metrics::Metrics,
-    order::{Order, Placed, Quantity},
+    order::{Order, OrderIds, Placed, Quantity},
     store::{NewOrder, Store, StoreError, StoreHealth, Writers},
 };
 use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _, SqliteConnection};
@@ -137,7 +137,7 @@ impl Opened {
     }
 
     pub async fn all(&self) -> Vec<Order> {
-        self.store.list(None, 1_000_000, later()).await.unwrap()
+        self.store.list(None, 1_000_000, later()).await.unwrap().orders
     }
 
     /// Waits until no order waits for a writer.
@@ -155,7 +155,8 @@ impl Opened {
 }
 
 pub fn new(product: &str, key: Option<&str>) -> NewOrder {
-    let order = Order::new(product.parse().unwrap(), Quantity::ONE);
+    static IDS: LazyLock<OrderIds> = LazyLock::new(OrderIds::new);
+    let order = Order::new(product.parse().unwrap(), Quantity::ONE, &IDS);
     NewOrder { order, key: key.map(|key| key.parse().unwrap()) }
 }
 

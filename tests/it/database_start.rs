@@ -9,7 +9,7 @@ use std::{
 use order_service::proto::PlaceRequest;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use sqlx::{Executor as _, Row as _};
-use tokio::time::timeout;
+use tokio::{process::Command, time::timeout};
 
 use crate::{
     postgres::{PASSWORD, PostgresServer},
@@ -20,9 +20,15 @@ use crate::{
 const AT_ONCE: Duration = Duration::from_secs(20);
 
 /// Runs a service that refuses to start; returns the one line that says why.
-async fn refusal(url: &str) -> String {
+pub async fn refusal(url: &str) -> String {
+    refusal_of(url, |_| {}).await
+}
+
+/// The same of an adapted command.
+pub async fn refusal_of(url: &str, adapt: impl FnOnce(&mut Command)) -> String {
     let ports = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
     let mut command = server_command(&[&ports[..], &["--database-url", url]].concat());
+    adapt(&mut command);
     let begun = Instant::now();
     let ended = timeout(PATIENCE, command.stderr(Stdio::piped()).output()).await;
     let output = ended.expect("it ends by itself").unwrap();
@@ -75,7 +81,7 @@ async fn the_password_is_in_no_log_line_of_any_level() {
 }
 
 /// A service that is starting, and the URL of its readiness.
-fn starting(url: &str) -> (Process, String) {
+pub fn starting(url: &str) -> (Process, String) {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let admin = format!("127.0.0.1:{port}");
     let process = Process::spawn(url, &["--admin-listen", &admin], |_| {});
@@ -83,7 +89,7 @@ fn starting(url: &str) -> (Process, String) {
 }
 
 /// Waits until a starting service says why it is not ready.
-async fn says_why(readyz: &str, why: &str) {
+pub async fn says_why(readyz: &str, why: &str) {
     let waiting = async {
         loop {
             let Ok(answer) = reqwest::get(readyz).await else { continue };
@@ -98,7 +104,7 @@ async fn says_why(readyz: &str, why: &str) {
     timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("/readyz says {why:?}"));
 }
 
-async fn places_an_order(service: &Process) {
+pub async fn places_an_order(service: &Process) {
     let request = PlaceRequest { product_id: "book".into(), ..Default::default() };
     service.grpc().await.place(request).await.unwrap();
 }

@@ -14,7 +14,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use order_service::{
-    order::OrderId,
+    order::OrderIds,
     proto::{
         GetRequest, GetResponse, ListRequest, ListResponse, Order, PlaceRequest, PlaceResponse,
         order_service_server::{OrderService, OrderServiceServer},
@@ -107,7 +107,7 @@ impl Double {
     }
 
     fn store(&self, mut order: Order, listed: bool) -> Order {
-        order.order_id = OrderId::mint().to_string();
+        order.order_id = OrderIds::new().next().0.to_string();
         self.orders.lock().unwrap().push((order.clone(), listed));
         order
     }
@@ -133,7 +133,7 @@ impl OrderService for Double {
         let order = if faulty {
             match self.fault {
                 Fault::None => self.store(order, true),
-                Fault::Loses => Order { order_id: OrderId::mint().to_string(), ..order },
+                Fault::Loses => Order { order_id: OrderIds::new().next().0.to_string(), ..order },
                 Fault::HidesFromList => self.store(order, false),
                 Fault::Doubles => {
                     self.store(order.clone(), true);

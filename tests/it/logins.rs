@@ -43,7 +43,7 @@ async fn a_server_whose_logins_are_slow_is_read_by_who_asks_again() {
     assert_eq!(list().await, Err(StoreError::Unavailable));
     assert!(matches!(opened.health.status(), StoreStatus::Failing { .. }));
     // The login that the first one began.
-    assert_eq!(list().await, Ok(Vec::new()));
+    assert_eq!(list().await.map(|page| page.orders), Ok(Vec::new()));
     assert_eq!(opened.health.status(), StoreStatus::Up);
     opened.close().await;
 }

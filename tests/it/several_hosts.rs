@@ -120,7 +120,7 @@ async fn a_server_that_became_read_only_is_left_for_the_next() {
         // Reads hold connections of their own.
         let reads = (0..4).map(|_| opened.store.list(None, 10, later()));
         for read in futures_util::future::join_all(reads).await {
-            assert_eq!(read.unwrap().len(), 10);
+            assert_eq!(read.unwrap().orders.len(), 10);
         }
         standby.promote();
         let mut other = primary.connect().await;
@@ -137,7 +137,7 @@ async fn a_server_that_became_read_only_is_left_for_the_next() {
         assert!(left.elapsed() < SOON, "{:?}", left.elapsed());
         has_all(&standby, &acknowledged).await;
         // No read is answered by the server that was left, either.
-        assert_eq!(opened.store.list(None, 100, later()).await.unwrap().len(), 30);
+        assert_eq!(opened.store.list(None, 100, later()).await.unwrap().orders.len(), 30);
         until_left(&primary).await;
         opened.close().await;
     }

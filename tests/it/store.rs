@@ -96,10 +96,11 @@ async fn orders_are_read_newest_first(database: Database) {
     }
     placed.reverse();
     assert_eq!(opened.all().await, placed);
-    assert_eq!(opened.store.list(None, 7, later()).await.unwrap(), placed[..7]);
+    assert_eq!(opened.store.list(None, 7, later()).await.unwrap().orders, placed[..7]);
     let next = opened.store.list(Some(placed[6].id), 7, later()).await.unwrap();
-    assert_eq!(next, placed[7..14]);
-    assert_eq!(opened.store.list(Some(placed[29].id), 7, later()).await.unwrap(), []);
+    assert_eq!((&next.orders[..], next.next), (&placed[7..14], Some(placed[13].id)));
+    let end = opened.store.list(Some(placed[29].id), 7, later()).await.unwrap();
+    assert_eq!((&end.orders[..], end.next), (&[][..], None));
     for order in &placed {
         assert_eq!(opened.store.get(order.id, later()).await.unwrap().as_ref(), Some(order));
     }

@@ -79,8 +79,8 @@ struct State {
     waiting: VecDeque<oneshot::Sender<Result<Session, Failure>>>,
     /// Those under way, the oldest first.
     logins: VecDeque<Login>,
-    /// Counts the calls of [`Connections::leave`]. A connection of an earlier generation is never
-    /// used again, since its server may be the one that was left.
+    /// Counts the calls of [`Connections::replace`]. A connection of an earlier generation is never
+    /// used again.
     generation: u64,
     /// Closed under a write, the oldest first.
     left_behind: Vec<LeftBehind>,
@@ -154,9 +154,17 @@ impl Connections {
     /// Closes every connection, those in use when they are returned, because the server of this one
     /// takes no writes. The next login begins with the next server.
     pub(super) fn leave(&self, taken: &Taken<'_>) {
+        if let Some(session) = &taken.session {
+            self.shared.servers.leave(session.server);
+            self.replace(taken);
+        }
+    }
+
+    /// Closes every connection, those in use when they are returned, because all may have what this
+    /// one has: a server that takes no writes, or an outdated prepared statement.
+    pub(super) fn replace(&self, taken: &Taken<'_>) {
         let Some(session) = &taken.session else { return };
         let mut state = self.shared.state();
-        self.shared.servers.leave(session.server);
         // Connections of one generation fail one after the other; only the first failure counts.
         if session.generation == state.generation {
             state.generation += 1;

@@ -8,13 +8,15 @@ use sqlx::{Connection as _, migrate::MigrateError, postgres::PgConnection};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{
+    dry_run,
     durability::Durability,
-    servers::{NoServer, Servers},
+    servers::{NoServer, Place, Servers},
+    session::Session,
 };
 use crate::{
     config::Migrations,
     store::{
-        StoreHealth,
+        StoreHealth, foreign_tables,
         migrate::{self, Applied, REMEDY},
     },
 };
@@ -36,6 +38,7 @@ const COMPARING: Duration = Duration::from_secs(5);
 
 const UNDEFINED_TABLE: &str = "42P01";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const READ_ONLY: &str = "25006";
 
 /// What an opening does with the tables.
 #[derive(Debug, Clone, Copy)]
@@ -54,19 +57,25 @@ pub(super) struct Opened {
     pub(super) confirms: bool,
 }
 
-/// Returns once a server has answered and its tables fit this program. `servers` have the options of
-/// the connection that applies migrations; `health` learns why it takes so long.
+/// Returns once a server has answered, its tables fit this program and, if it is to serve, an order
+/// can be placed. `servers` have the options of the connection that applies migrations, `limited`
+/// those of the connections that place orders; `health` learns why it takes so long.
 ///
 /// # Errors
 /// One line, without a password.
 pub(super) async fn wait_until_ready(
     servers: &Servers,
+    limited: &Servers,
     tables: Tables,
     health: &StoreHealth,
 ) -> Result<Opened, String> {
     let until = Instant::now() + OPENING;
     loop {
-        let why = match prepare(servers, tables, until).await {
+        let ready = match (prepare(servers, tables, until).await, tables) {
+            (Ok(opened), Tables::Serve(_)) => try_placing(limited, until).await.map(|()| opened),
+            (prepared, _) => prepared,
+        };
+        let why = match ready {
             Ok(opened) => return Ok(opened),
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
@@ -84,12 +93,7 @@ pub(super) async fn wait_until_ready(
 
 /// Makes the tables and the session's durability ready.
 async fn prepare(servers: &Servers, tables: Tables, until: Instant) -> Result<Opened, NotReady> {
-    let connected = until.min(Instant::now() + CONNECTING);
-    let (mut connection, place) = match timeout_at(connected, servers.connect()).await {
-        Ok(Ok(connected)) => connected,
-        Ok(Err(none)) => return Err(NotReady::of_connecting(&none)),
-        Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
-    };
+    let (mut connection, place) = connect(servers, until).await?;
     let migrator = migrate::postgres();
     let seen = timeout(COMPARING, look(&mut connection)).await;
     let (applied, read_only) =
@@ -132,13 +136,53 @@ async fn prepare(servers: &Servers, tables: Tables, until: Instant) -> Result<Op
     Ok(Opened { applied: difference.pending, confirms })
 }
 
+async fn connect(servers: &Servers, until: Instant) -> Result<(PgConnection, Place), NotReady> {
+    let connected = until.min(Instant::now() + CONNECTING);
+    match timeout_at(connected, servers.connect()).await {
+        Ok(Ok(connected)) => Ok(connected),
+        Ok(Err(none)) => Err(NotReady::of_connecting(&none)),
+        Err(_) => Err(NotReady::NotYet("it does not answer".to_owned())),
+    }
+}
+
+/// Does what placing an order and reading one does, on such a connection; nothing of it is kept.
+async fn try_placing(limited: &Servers, until: Instant) -> Result<(), NotReady> {
+    let (connection, place) = connect(limited, until).await?;
+    let trying = async {
+        let mut session = Session::set_up(connection, place, 0).await?;
+        dry_run::place_and_read(&mut session.connection).await?;
+        Ok(session)
+    };
+    match timeout(CONNECTING, trying).await {
+        Ok(Ok(Session { connection, .. })) => {
+            let _ = timeout(CONNECTING, connection.close()).await;
+            Ok(())
+        }
+        Ok(Err(error)) => {
+            if has_code(&error, READ_ONLY) {
+                limited.leave(place);
+            }
+            Err(NotReady::of_placing(&error))
+        }
+        Err(_) => Err(NotReady::NotYet("it does not answer".to_owned())),
+    }
+}
+
 /// The applied migrations, none if nothing was ever applied; and whether the server takes no writes.
 async fn look(connection: &mut PgConnection) -> Result<(Vec<Applied>, bool), NotReady> {
-    let applied = match sqlx::query_as(migrate::LIST).fetch_all(&mut *connection).await {
-        Ok(applied) => applied,
-        Err(error) if has_code(&error, UNDEFINED_TABLE) => Vec::new(),
-        Err(error) => return Err(NotReady::of_tables(&error, "")),
-    };
+    // Before the list: another replica makes the table and its entry in the list together.
+    let orders = sqlx::query_scalar("SELECT to_regclass('orders') IS NOT NULL");
+    let orders: bool = orders
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(|error| NotReady::of_tables(&error, ""))?;
+    let applied: Vec<Applied> =
+        match sqlx::query_as(migrate::LIST).fetch_all(&mut *connection).await {
+            Ok(applied) => applied,
+            Err(error) if has_code(&error, UNDEFINED_TABLE) => Vec::new(),
+            Err(error) => return Err(NotReady::of_tables(&error, "")),
+        };
+    foreign_tables::check(orders, &applied).map_err(NotReady::Never)?;
     let read_only = sqlx::query_scalar("SHOW transaction_read_only").fetch_one(connection).await;
     let read_only: String = read_only.map_err(|error| NotReady::of_tables(&error, ""))?;
     Ok((applied, read_only == "on"))
@@ -159,6 +203,39 @@ impl NotReady {
     fn of_connecting(none: &NoServer) -> Self {
         let why = none.to_string();
         if none.is_final() { Self::Never(why) } else { Self::NotYet(why) }
+    }
+
+    /// Of the statements that place and read an order.
+    fn of_placing(error: &sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::Database(refusal) => match refusal.code().as_deref() {
+                Some(INSUFFICIENT_PRIVILEGE) => Self::Never(format!(
+                    "its tables: {}; the role needs SELECT and INSERT on orders and SELECT on \
+                     _sqlx_migrations",
+                    refusal.message()
+                )),
+                Some("26000" | "42P05") => Self::Never(format!(
+                    "a pooler shares its connections between statements, and prepared statements \
+                     with them ({}): use session pooling, or a pooler that tracks prepared \
+                     statements (PgBouncer 1.21 with max_prepared_statements)",
+                    refusal.message()
+                )),
+                // A column that is not there, or of another type.
+                Some(code) if code.starts_with("42") => Self::Never(format!(
+                    "its table orders is not as this program made it: {}",
+                    refusal.message()
+                )),
+                // A standby may be promoted.
+                Some(READ_ONLY) => {
+                    Self::NotYet(format!("it takes no writes: {}", refusal.message()))
+                }
+                _ => Self::NotYet(refusal.message().to_owned()),
+            },
+            sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) => {
+                Self::Never(format!("its table orders is not as this program made it: {error}"))
+            }
+            _ => Self::NotYet(error.to_string()),
+        }
     }
 
     fn of_migrating(error: &MigrateError) -> Self {

@@ -10,6 +10,7 @@ use std::{
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use sqlx::{
     ConnectOptions as _, Row as _,
+    error::DatabaseError,
     postgres::{PgConnectOptions, PgConnection, PgSslMode},
 };
 use tokio::time::timeout;
@@ -58,6 +59,8 @@ impl Servers {
         servers.map(|options| {
             let named = options.get_application_name().is_some();
             let options = if named { options } else { options.application_name("order-service") };
+            // No column is a float, and PgBouncer refuses what it does not know.
+            let options = options.extra_float_digits(None);
             // Durations are in the metrics, failures in our own lines.
             options.disable_statement_logging()
         })
@@ -156,6 +159,15 @@ impl Refusal {
     fn of(error: &sqlx::Error, options: &PgConnectOptions) -> Self {
         use sqlx::Error as E;
         let (why, is_final) = match error {
+            E::Database(refusal) if refuses_options(refusal.as_ref()) => (
+                format!(
+                    "a pooler refuses the time limits of its sessions ({}): have it ignore the \
+                     start-up parameter (PgBouncer: ignore_startup_parameters = options) and set \
+                     statement_timeout = '2s' and lock_timeout = '1500ms' for the role instead",
+                    refusal.message()
+                ),
+                true,
+            ),
             E::Database(refusal) => {
                 let code = refusal.code().unwrap_or_default();
                 // Wrong password (28), no such database (3D), no privilege or setting (42).
@@ -180,6 +192,12 @@ impl Refusal {
         };
         Self { why, is_final }
     }
+}
+
+/// PgBouncer's answer (protocol_violation) to a start-up parameter that it does not know, `options`
+/// or what is in it.
+fn refuses_options(refusal: &dyn DatabaseError) -> bool {
+    refusal.code().as_deref() == Some("08P01") && refusal.message().contains("startup parameter")
 }
 
 /// rustls's verdicts come wrapped as I/O errors.

@@ -48,7 +48,9 @@ impl Lock {
         // SQLite has not opened a missing file, so closing it here releases no lock of SQLite.
         if fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             let created = File::options().create(true).append(true).mode(0o644).open(path);
-            created.map_err(|error| shown("create", error))?;
+            created.map_err(|error| {
+                format!("{}; this user must be able to write its directory", shown("create", error))
+            })?;
         }
         let database = fs::canonicalize(path).map_err(|error| shown("open", error))?;
         let metadata = fs::metadata(&database).map_err(|error| shown("open", error))?;
@@ -113,7 +115,12 @@ fn lock_file(path: &Path) -> Result<Held, String> {
     let failed = |what: &str, error: io::Error| format!("cannot {what} {name}: {error}");
     for _ in 0..ATTEMPTS {
         let file = File::options().create(true).append(true).open(path);
-        let file = file.map_err(|error| failed("open", error))?;
+        let file = file.map_err(|error| {
+            format!(
+                "{}; this user must be able to write it and its directory",
+                failed("open", error)
+            )
+        })?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
