@@ -127,7 +127,8 @@ mod tests {
             let pages = pages.clone();
             let mut scrape = Box::pin(async move { pages.render().await.unwrap() });
             // It is in line.
-            poll_fn(|cx| Poll::Ready(assert!(scrape.as_mut().poll(cx).is_pending()))).await;
+            let polled = poll_fn(|cx| Poll::Ready(scrape.as_mut().poll(cx))).await;
+            assert!(polled.is_pending());
             waiting.push(scrape);
         }
         go.send(()).unwrap();
