@@ -6,7 +6,7 @@ use http::Request;
 use http_body_util::Full;
 use order_service::{
     api::{self, Api, Extra},
-    config::Settings,
+    config::{Migrations, Settings},
     layers::{InFlight, ServedBy},
     metrics::Metrics,
     store::{Store, StoreHealth, Writers},
@@ -26,7 +26,8 @@ impl Whole {
         let settings = Settings::read(args.map(Into::into)).expect(VALID);
         let metrics = Metrics::new("0", "0").expect(VALID);
         let url = settings.database_url.clone();
-        let opened = Store::open(url, 1, metrics.store.clone(), StoreHealth::new()).await;
+        let opened =
+            Store::open(url, 1, Migrations::Apply, metrics.store.clone(), StoreHealth::new()).await;
         let (store, writers) = opened.expect(VALID);
         let in_flight = InFlight::new(settings.max_in_flight);
         let served_by = ServedBy::new("bench", 1);
