@@ -7,7 +7,7 @@ use std::{
 };
 
 use prometheus::IntGauge;
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 /// How the store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum StoreStatus {
 #[derive(Debug, Clone)]
 pub struct StoreHealth {
     noted: Arc<Mutex<Noted>>,
+    /// A read succeeded in an outage that it does not end by itself.
+    may_be_over: Arc<Notify>,
 }
 
 /// Outages that begin so soon after another was logged belong to it: replicas that fight for a
@@ -74,7 +76,7 @@ impl StoreHealth {
             full: false,
             up: None,
         };
-        Self { noted: Arc::new(Mutex::new(noted)) }
+        Self { noted: Arc::new(Mutex::new(noted)), may_be_over: Arc::default() }
     }
 
     /// How the store is now.
@@ -124,6 +126,11 @@ impl StoreHealth {
         noted.answered();
     }
 
+    /// Waits until a read succeeds in an outage that it does not end by itself.
+    pub(super) async fn may_be_over(&self) {
+        self.may_be_over.notified().await;
+    }
+
     /// A probe succeeded.
     pub(super) fn probed(&self) {
         let mut noted = self.lock();
@@ -150,6 +157,8 @@ impl StoreHealth {
         let mut noted = self.lock();
         if noted.reads_alone {
             noted.answered();
+        } else if matches!(noted.status, StoreStatus::Failing { .. }) {
+            self.may_be_over.notify_one();
         }
     }
 

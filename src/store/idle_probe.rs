@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
@@ -14,6 +14,10 @@ use crate::order::OrderId;
 
 /// How long no commit has ended when the store is probed, and how long until the next probe.
 const PERIOD: Duration = Duration::from_secs(5);
+
+/// Between two probes at least. A read that succeeds in an outage brings the next one forward: the
+/// database may be back, and a read does not show whether it takes orders.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Probes until the handle is dropped.
 pub(super) fn start(engine: Arc<Engine>, health: StoreHealth) -> AbortOnDropHandle<()> {
@@ -28,7 +32,8 @@ async fn run(engine: Arc<Engine>, health: StoreHealth) {
             continue;
         }
         probe(&engine, &health).await;
-        sleep(PERIOD).await;
+        sleep(PAUSE).await;
+        let _ = timeout(PERIOD - PAUSE, health.may_be_over()).await;
     }
 }
 
