@@ -246,13 +246,14 @@ async fn seven_addresses_have_equal_shares_of_the_calls_on_ten_connections() {
         command.arg(env!("CARGO_BIN_EXE_order-load"));
         let target = format!("http://orders.test:{port}");
         let args = ["--target", &target, "--protocol", protocol, "--connections", "10"];
-        let args = [&args[..], &["--phases", "3s@140"]].concat();
+        let args = [&args[..], &["--phases", "5s@200"]].concat();
         let loaded = Loading::start_command(command, &args).ended().await;
         loaded.all_well();
         let served_by = loaded.phase(0)["served_by"].as_object().unwrap();
         assert_eq!(served_by.len(), 7, "{served_by:?}");
+        // 143 each. By connections it would be 100 and 200.
         for orders in served_by.values() {
-            assert!((54..=66).contains(&orders.as_u64().unwrap()), "{served_by:?}");
+            assert!((115..=171).contains(&orders.as_u64().unwrap()), "{served_by:?}");
         }
     }
 }
