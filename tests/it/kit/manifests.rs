@@ -68,8 +68,11 @@ async fn the_custom_resources_are_strictly_valid() {
         scaled.push(manifest(&manifests, "ScaledObject", "order-service").clone());
     }
     let monitor = yaml("k8s/components/podmonitor/podmonitor.yaml");
-    for (resource, schema) in
-        scaled.iter().map(|scaled| (scaled, "scaledobject")).chain([(&monitor, "podmonitor")])
+    let rule = yaml("k8s/components/prometheusrule/prometheusrule.yaml");
+    for (resource, schema) in scaled
+        .iter()
+        .map(|scaled| (scaled, "scaledobject"))
+        .chain([(&monitor, "podmonitor"), (&rule, "prometheusrule")])
     {
         let (valid, report) = check(resource, schema).await;
         assert!(valid, "{report}");
@@ -94,6 +97,9 @@ async fn the_custom_resources_are_strictly_valid() {
     let mut bad = monitor;
     bad["spec"]["podMetricsEndpoints"][0]["scrape_interval"] = json!("5s");
     assert!(!check(&bad, "podmonitor").await.0);
+    let mut bad = rule;
+    bad["spec"]["groups"][0]["rules"][0]["expression"] = json!("up");
+    assert!(!check(&bad, "prometheusrule").await.0);
 }
 
 /// What kustomize makes of `production` with components added and patched.
@@ -121,8 +127,10 @@ async fn adapted(components: &[&str], patch: Option<&str>) -> Vec<Value> {
 #[tokio::test]
 #[ignore = "needs kustomize; run by make test"]
 async fn the_components_fit_into_an_overlay() {
-    let manifests = adapted(&["postgres", "podmonitor", "grafana"], None).await;
+    let components = ["postgres", "podmonitor", "prometheusrule", "grafana"];
+    let manifests = adapted(&components, None).await;
     manifest(&manifests, "PodMonitor", "order-service");
+    manifest(&manifests, "PrometheusRule", "order-service");
     let policy = manifest(&manifests, "NetworkPolicy", "order-service");
     let from = &policy["spec"]["ingress"][1]["from"][0];
     let namespace = &from["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"];

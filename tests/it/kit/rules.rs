@@ -119,6 +119,17 @@ fn every_alert_has_its_heading_in_the_runbook() {
 }
 
 #[test]
+fn the_operator_has_a_copy_of_the_rules() {
+    let copy = yaml("k8s/components/prometheusrule/prometheusrule.yaml");
+    let mut groups = Vec::new();
+    for file in ["prometheus/rules/recording.yml", "prometheus/rules/alerts.yml"] {
+        groups.extend(yaml(file)["groups"].as_array().unwrap().clone());
+    }
+    let copied = copy["spec"]["groups"].as_array().unwrap();
+    assert_eq!(*copied, groups, "run prometheus/embed-rules.sh");
+}
+
+#[test]
 fn the_chart_has_a_copy_of_the_rules() {
     let files = &yaml("prometheus/values.yaml")["serverFiles"];
     let hint = "run prometheus/embed-rules.sh";
