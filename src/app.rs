@@ -231,13 +231,15 @@ fn reserved_descriptors(settings: &Settings, threads: usize) -> usize {
     /// The standard streams, both sockets, the signals, the TLS files, `/proc`, a connection that
     /// is accepted to be closed.
     const OTHERS: usize = 32;
-    /// SQLite's files and the lock, or PostgreSQL's pool and as many logins as it begins at once,
-    /// each to every server of the URL.
+    /// SQLite's files and the lock, or PostgreSQL's pool and as many logins as it begins at once, at
+    /// least four, each to every server of the URL.
     const STORE: usize = 24;
+    let pool = settings.database_pool;
+    let logins = settings.database_url.servers() * pool.max(4);
     AdminServer::MAX_CONNECTIONS
         + PER_THREAD * threads
         + OTHERS
-        + STORE.max((1 + settings.database_url.servers()) * settings.database_pool)
+        + STORE.max(pool + logins)
 }
 
 struct AdminServer {

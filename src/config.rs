@@ -184,7 +184,7 @@ impl Settings {
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoArguments> {
         let settings: Self = usage::read(args, |flag, value| match flag {
             "--database-url" => without_password(value),
-            _ => value.to_owned(),
+            _ => usage::without_secrets(value),
         })?;
         if settings.command == Some(Command::Migrate) {
             settings.check_migrate()?;

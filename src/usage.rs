@@ -82,7 +82,8 @@ pub fn read<A: Parser>(
             let given = error.get(ContextKind::InvalidSubcommand).map(ToString::to_string);
             let command = A::command();
             let known: Vec<_> = command.get_subcommands().map(clap::Command::get_name).collect();
-            let (given, known) = (given.unwrap_or_default(), known.join(", "));
+            let given = without_secrets(&given.unwrap_or_default());
+            let known = known.join(", ");
             NoArguments::BadUsage(format!("{given:?}: expected {known} or a flag of --help"))
         }
         _ => NoArguments::BadUsage(one_line(&error, shown)),
@@ -96,8 +97,11 @@ fn one_line(error: &clap::Error, shown: impl Fn(&str, &str) -> String) -> String
         _ => None,
     };
     let arg = context(ContextKind::InvalidArg).unwrap_or("the command line");
+    // An argument without a flag may be a URL that lacks its `--database-url`.
+    let arg = &without_secrets(arg);
     let flag = arg.split_whitespace().next().unwrap_or(arg);
-    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let given = context(ContextKind::InvalidValue).unwrap_or_default();
+    let value = &without_secrets(given);
     let line = match error.kind() {
         ErrorKind::UnknownArgument => format!("{arg:?}: expected a flag of --help"),
         ErrorKind::InvalidValue if value.is_empty() => {
@@ -111,13 +115,22 @@ fn one_line(error: &clap::Error, shown: impl Fn(&str, &str) -> String) -> String
         },
         ErrorKind::ValueValidation => {
             let expected = std::error::Error::source(error).map(ToString::to_string);
-            format!("{flag} {:?}: expected {}", shown(flag, value), expected.unwrap_or_default())
+            format!("{flag} {:?}: expected {}", shown(flag, given), expected.unwrap_or_default())
         }
         ErrorKind::ArgumentConflict => format!("{flag}: expected once"),
         ErrorKind::TooManyValues => format!("{flag} {value:?}: expected no value"),
         kind => format!("{flag}: {kind}"),
     };
     line.replace(['\n', '\r'], " ")
+}
+
+/// The text, or what is certainly no secret of it if it is a URL or has a user's name and password.
+pub fn without_secrets(text: &str) -> String {
+    match text.split_once("://") {
+        Some((scheme, _)) => format!("{scheme}://***"),
+        None if text.contains('@') => "***".to_owned(),
+        None => text.to_owned(),
+    }
 }
 
 /// For flags that name a PEM file.

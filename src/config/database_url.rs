@@ -82,7 +82,9 @@ impl fmt::Debug for DatabaseUrl {
 pub(super) fn without_password(text: &str) -> String {
     const HIDDEN: &str = "***";
     let Some((scheme, rest)) = text.split_once("://") else {
-        let plain = !text.contains(['@', '=']);
+        // `postgres//u:secret` is a slip, too.
+        let path = text.strip_prefix("sqlite:").or(text.strip_prefix("file:")).unwrap_or(text);
+        let plain = !path.contains(['@', '=', ':']) || text.starts_with("sqlite::memory:");
         return if plain { text.to_owned() } else { HIDDEN.to_owned() };
     };
     // The last, since a password may hold what it should have encoded.
@@ -142,6 +144,9 @@ mod tests {
             ("postgres://u@host/db", "postgres://u@host/db"),
             ("postgres://host/db#s3cret", "postgres://host/db?***"),
             ("host=localhost password=s3cret", "***"),
+            ("postgres//u:s3cret", "***"),
+            ("postgres:u:s3cret", "***"),
+            ("sqlite:orders.db", "sqlite:orders.db"),
             ("u:s3cret@host/db", "***"),
             ("orders.db", "orders.db"),
         ] {

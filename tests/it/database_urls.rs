@@ -234,6 +234,10 @@ async fn the_value_of_no_parameter_is_in_a_log_line_of_any_level() {
     for url in [
         format!("{}?options=-c%20lock_timeout%3DS3CRET", server.url()),
         format!("{}?options[lock_timeout]=S3CRET", server.url()),
+        format!("{}?options=S3CRET", server.url()),
+        format!("{}?options=--S3CRET", server.url()),
+        format!("{}?options=-c%20role%3DS3CRET", server.url()),
+        format!("{}?options=-c%20session_preload_libraries%3Dauto_explain,S3CRET", server.url()),
         format!("{}?sslpassword=S3CRET", server.url()),
         format!("postgres://postgres@127.0.0.1:{port}/postgres?application_name=S3CRET"),
         format!("{}?sslmode=verify-full&sslrootcert=/S3CRET", server.url()),

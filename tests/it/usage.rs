@@ -131,9 +131,23 @@ async fn a_password_is_never_shown() {
         "postgres://user:s3cret@ho st/orders",
         "postgresql://user:s3cret@host/orders?sslmode=s3cret",
         "host=localhost password=s3cret",
+        "postgres//user:s3cret",
     ] {
         let line = refusal(&["--database-url", url], &[], 2).await;
         assert!(line.contains("--database-url") && !line.contains("s3cret"), "{line}");
+    }
+    // Nor where the URL stands in the wrong place.
+    let url = "postgres://user:s3cret@host/orders";
+    for args in [
+        &["migrate", url][..],
+        &[url],
+        &["--migrations", url],
+        &["--listen", url],
+        &["--tls-cert", url, "now"],
+        &["migrate", "--database-url", url, url],
+    ] {
+        let line = refusal(args, &[], 2).await;
+        assert!(!line.contains("s3cret"), "{line}");
     }
 }
 

@@ -95,7 +95,7 @@ impl Args {
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, NoArguments> {
         let args: Self = usage::read(args, |flag, value| match flag {
             "--target" => without_userinfo(value),
-            _ => value.to_owned(),
+            _ => usage::without_secrets(value),
         })?;
         let product = args.product.as_str();
         if args.audit && product.len() > MAX_AUDITED_PRODUCT {

@@ -2,7 +2,7 @@
 //! begins with the server that matched last.
 
 use std::{
-    fmt, io,
+    fmt, io, iter,
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
@@ -173,12 +173,7 @@ impl Refusal {
                 // Wrong password (28), no such database (3D), no privilege or setting (42).
                 let is_final = code == INVALID_VALUE
                     || ["28", "3D", "42"].iter().any(|class| code.starts_with(class));
-                // The server quotes the refused value, which comes from `options`.
-                let why = match refusal.message().split_once("\": ") {
-                    Some((name, _)) if code == INVALID_VALUE => format!("{name}\" (options)"),
-                    _ => refusal.message().to_owned(),
-                };
-                (why, is_final)
+                (without_values(refusal.message(), options), is_final)
             }
             E::Io(error) if certificate_is_refused(error) => {
                 (format!("its certificate: {error}"), true)
@@ -192,6 +187,18 @@ impl Refusal {
         };
         Self { why, is_final }
     }
+}
+
+/// The server's message without the values of the parameter `options`, which it quotes where it
+/// refuses them.
+fn without_values(message: &str, options: &PgConnectOptions) -> String {
+    let words = options.get_options().unwrap_or_default().split_whitespace();
+    let values = words.map(|word| word.split_once('=').map_or(word, |(_, value)| value));
+    // Of a list the server may quote one element.
+    let values = values.flat_map(|value| iter::once(value).chain(value.split(',')));
+    // The flag `-c` is no value.
+    let values = values.filter(|value| value.len() > 1 && *value != "-c");
+    values.fold(message.to_owned(), |shown, value| shown.replace(value, "***"))
 }
 
 /// PgBouncer's answer (protocol_violation) to a start-up parameter that it does not know, `options`
