@@ -6,6 +6,7 @@ use sqlx::{error::DatabaseError, postgres::PgRow};
 use tokio::time::{Instant, timeout};
 
 use self::{
+    confirmation::RESOLVE_CONFIRMED,
     connections::{Connections, Taken},
     opening::{Opened, Tables},
     rows::{ids, insert, keys, stored_row, uuid},
@@ -23,6 +24,7 @@ use crate::{
     order::{Order, OrderId},
 };
 
+mod confirmation;
 mod connections;
 mod dry_run;
 mod durability;
@@ -62,26 +64,6 @@ const RESOLVE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_
     FROM orders WHERE id = ANY($1::UUID[]) \
     UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
     FROM orders WHERE idempotency_key = ANY($2::TEXT[])";
-
-/// The same, and its own commit waits for the synchronous standby.
-///
-/// A row that can be read is on the primary's disk, and may be nowhere else: a restart of the
-/// primary, or the end of the backend that committed it, ends the wait for the standby and makes
-/// the row visible. A SELECT waits for nothing. A transaction waits for the standby only if it has
-/// an id and wrote WAL; a transactional logical message does both, and nothing else: no table
-/// changes, and by default any role may send it (no-op updates and row locks need UPDATE and leave
-/// dead rows). The read is in the same transaction, so that no pooler can send the two to different
-/// servers. The message is written once, if there is a row at all, since the subquery depends on
-/// none.
-///
-/// Cost: a batch with a replay flushes about 100 bytes of WAL more than a read, and takes as long
-/// as a commit. A batch of new orders does not come here.
-const RESOLVE_CONFIRMED: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at, \
-    (SELECT pg_logical_emit_message(true, 'order-service', '') IS NOT NULL) FROM (\
-    SELECT id, product_id, quantity, idempotency_key, placed_at \
-    FROM orders WHERE id = ANY($1::UUID[]) \
-    UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
-    FROM orders WHERE idempotency_key = ANY($2::TEXT[])) AS stored";
 
 const GET: &str =
     "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders WHERE id = $1";
@@ -144,7 +126,7 @@ impl Postgres {
         let insert = insert(&mut session.connection, batch);
         let inserted = within(ATTEMPT, session.warnings.during(insert)).await;
         // Not to be taken for the next statement's.
-        let warned = session.warnings.take();
+        let warned = !session.warnings.take().is_empty();
         match inserted {
             Ok(inserted) if inserted == batch.len() && !warned => {
                 taken.keep();
@@ -184,11 +166,11 @@ impl Postgres {
             let rows = rows.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
             rows.map_err(|error| failure(&error))
         });
+        let rows = match rows {
+            Ok(rows) => self.confirmed(session, &warned).await.map(|()| rows),
+            Err(failure) => Err(failure),
+        };
         match rows {
-            Ok(_) if warned => {
-                let cause = "the wait for the synchronous standby was cancelled";
-                Err(self.failed(taken, Failure::unknown(StoreErrorKind::Unavailable, cause)))
-            }
             Ok(rows) => {
                 taken.keep();
                 Ok(resolve(batch, rows))
@@ -202,6 +184,18 @@ impl Postgres {
                 Err(failure)
             }
             Err(failure) => Err(self.failed(taken, Failure { outcome_unknown: true, ..failure })),
+        }
+    }
+
+    /// Fails unless the commit with these warnings waited for the synchronous standby.
+    async fn confirmed(&self, session: &mut Session, warned: &[String]) -> Result<(), Failure> {
+        // A plain read commits nothing.
+        if warned.is_empty() || self.resolve == RESOLVE {
+            return Ok(());
+        }
+        match within(ATTEMPT, confirmation::doubt(session, warned)).await? {
+            None => Ok(()),
+            Some(cause) => Err(Failure::unknown(StoreErrorKind::Unavailable, cause)),
         }
     }
 
