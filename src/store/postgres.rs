@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use sqlx::{error::DatabaseError, postgres::PgRow};
+use sqlx::{Execute, Executor as _, error::DatabaseError, postgres::PgRow};
 use tokio::time::{Instant, timeout};
 
 use self::{
-    confirmation::RESOLVE_CONFIRMED,
+    confirmation::{CONFIRMATION, RESOLVE_CONFIRMED, UNCONFIRMED},
     connections::{Connections, Taken},
     opening::{Opened, Tables},
     rows::{ids, insert, keys, stored_row, uuid},
@@ -41,11 +41,6 @@ pub(super) const WRITERS: usize = 2;
 /// How long to wait for the answer of the server. Its own limits, which are longer, end what nobody
 /// waits for any more.
 const ATTEMPT: Duration = Duration::from_secs(1);
-
-/// How long to wait for the commit of [`RESOLVE_CONFIRMED`]. Longer than an attempt: a retry sends
-/// a new commit, which waits as long again, so that a standby that takes longer than this limit
-/// confirms nothing.
-const CONFIRMATION: Duration = Duration::from_secs(5);
 
 const STATEMENT_TIMEOUT: (&str, &str) = ("statement_timeout", "2s");
 const LOCK_TIMEOUT: (&str, &str) = ("lock_timeout", "1500ms");
@@ -91,10 +86,17 @@ impl Postgres {
         // Migrations run without the time limits: one of a large table takes what it takes.
         let limited = limited(url);
         let tables = Tables::Serve(migrations);
-        let Opened { confirms, .. } =
+        let Opened { confirms, waiting, .. } =
             opening::wait_until_ready(&servers, &limited, tables, health).await?;
         let resolve = if confirms { RESOLVE_CONFIRMED } else { RESOLVE };
-        Ok(Self { connections: Connections::new(limited, pool, WRITERS), resolve, metrics })
+        let opened =
+            Self { connections: Connections::new(limited, pool, WRITERS), resolve, metrics };
+        // The start does not wait for a standby that is down: orders can be read meanwhile.
+        if let Some(backend) = waiting {
+            let _ = opened.terminate(&[backend]).await;
+            health.failed(UNCONFIRMED.to_owned());
+        }
+        Ok(opened)
     }
 
     /// Applies the pending migrations and returns their versions.
@@ -150,22 +152,37 @@ impl Postgres {
         }
     }
 
+    /// Does what placing does, with no order: the same statement, which takes the same locks and
+    /// rights and leaves nothing behind. Then waits for the synchronous standby, if there is one.
+    pub(super) async fn probe(&self) -> Result<(), Failure> {
+        self.commit(&[]).await?;
+        if self.resolve == RESOLVE_CONFIRMED {
+            let taken = self.connections.take(Purpose::Write).await?;
+            self.confirm(taken, sqlx::raw_sql(confirmation::PROBE)).await?;
+        }
+        Ok(())
+    }
+
     /// Whatever fails here, orders of the batch may be committed.
-    async fn resolve(
+    async fn resolve(&self, taken: Taken<'_>, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
+        let read = sqlx::query(self.resolve).bind(ids(batch)).bind(keys(batch));
+        let rows = self.confirm(taken, read).await?;
+        let rows = rows.iter().map(stored_row).collect::<Result<_, _>>();
+        let rows = rows.map_err(|error| Failure { outcome_unknown: true, ..failure(&error) })?;
+        Ok(resolve(batch, rows))
+    }
+
+    /// Runs a statement whose commit waits for the synchronous standby.
+    async fn confirm<'q>(
         &self,
         mut taken: Taken<'_>,
-        batch: &[NewOrder],
-    ) -> Result<Vec<Outcome>, Failure> {
+        statement: impl Execute<'q, sqlx::Postgres> + 'q,
+    ) -> Result<Vec<PgRow>, Failure> {
         let session = taken.session();
         let backend = session.backend;
-        let read = sqlx::query(self.resolve).bind(ids(batch)).bind(keys(batch));
-        let read = read.fetch_all(&mut session.connection);
-        let rows = within(CONFIRMATION, session.warnings.during(read)).await;
+        let run = session.connection.fetch_all(statement);
+        let rows = within(CONFIRMATION, session.warnings.during(run)).await;
         let warned = session.warnings.take();
-        let rows = rows.and_then(|rows| {
-            let rows = rows.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
-            rows.map_err(|error| failure(&error))
-        });
         let rows = match rows {
             Ok(rows) => self.confirmed(session, &warned).await.map(|()| rows),
             Err(failure) => Err(failure),
@@ -173,12 +190,11 @@ impl Postgres {
         match rows {
             Ok(rows) => {
                 taken.keep();
-                Ok(resolve(batch, rows))
+                Ok(rows)
             }
             Err(failure) if failure.no_answer => {
-                let cause = "no commit of the server within 5 s, as when its synchronous standby \
-                             is down";
-                let failure = self.failed(taken, Failure { cause: cause.to_owned(), ..failure });
+                let failure = Failure { cause: UNCONFIRMED.to_owned(), ..failure };
+                let failure = self.failed(taken, failure);
                 // It would wait until the standby is back, and each retry adds another one.
                 let _ = self.terminate(&[backend]).await;
                 Err(failure)

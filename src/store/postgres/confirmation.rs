@@ -1,8 +1,19 @@
 //! Commits that change nothing and wait for the synchronous standby, and what a warning says of one.
 
+use std::time::Duration;
+
 use sqlx::Row as _;
 
 use super::{RESOLVE, session::Session};
+
+/// How long to wait for the commit of [`RESOLVE_CONFIRMED`] or [`PROBE`]. Longer than an attempt: a retry sends
+/// a new commit, which waits as long again, so that a standby that takes longer than this limit
+/// confirms nothing.
+pub(super) const CONFIRMATION: Duration = Duration::from_secs(5);
+
+/// The cause when that commit does not return in time.
+pub(super) const UNCONFIRMED: &str =
+    "no commit of the server within 5 s, as when its synchronous standby is down";
 
 /// The rows of [`RESOLVE`], and its own commit waits for the synchronous standby.
 ///
@@ -23,6 +34,12 @@ pub(super) const RESOLVE_CONFIRMED: &str = "SELECT id, product_id, quantity, ide
     FROM orders WHERE id = ANY($1::UUID[]) \
     UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
     FROM orders WHERE idempotency_key = ANY($2::TEXT[])) AS stored";
+
+/// Commits as an order does, and waits for the synchronous standby as one does. Writes nothing where
+/// none is configured.
+pub(super) const PROBE: &str = "SELECT CASE \
+    WHEN current_setting('synchronous_standby_names', true) <> '' \
+    THEN pg_logical_emit_message(true, 'order-service', '') IS NOT NULL END";
 
 /// The text of a cancelled wait, be it on behalf of the user or of the administrator, as the server
 /// sends it unless `lc_messages` chooses another language.

@@ -8,10 +8,11 @@ use sqlx::{Connection as _, migrate::MigrateError, postgres::PgConnection};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{
+    confirmation::{CONFIRMATION, PROBE},
     dry_run,
     durability::Durability,
     servers::{NoServer, Place, Servers},
-    session::Session,
+    session::{Backend, Session},
 };
 use crate::{
     config::Migrations,
@@ -55,6 +56,9 @@ pub(super) struct Opened {
     pub(super) applied: Vec<i64>,
     /// Whether a read can wait for a synchronous standby.
     pub(super) confirms: bool,
+    /// The process of the server whose commit still waited for the synchronous standby when the
+    /// start stopped waiting for it.
+    pub(super) waiting: Option<Backend>,
 }
 
 /// Returns once a server has answered, its tables fit this program and, if it is to serve, an order
@@ -72,7 +76,10 @@ pub(super) async fn wait_until_ready(
     let until = Instant::now() + OPENING;
     loop {
         let ready = match (prepare(servers, tables, until).await, tables) {
-            (Ok(opened), Tables::Serve(_)) => try_placing(limited, until).await.map(|()| opened),
+            (Ok(opened), Tables::Serve(_)) => {
+                let tried = try_placing(limited, opened.confirms, until).await;
+                tried.map(|waiting| Opened { waiting, ..opened })
+            }
             (prepared, _) => prepared,
         };
         let why = match ready {
@@ -133,7 +140,7 @@ async fn prepare(servers: &Servers, tables: Tables, until: Instant) -> Result<Op
     durability.warn();
     difference.warn_if_newer();
     let _ = timeout(CONNECTING, connection.close()).await;
-    Ok(Opened { applied: difference.pending, confirms })
+    Ok(Opened { applied: difference.pending, confirms, waiting: None })
 }
 
 async fn connect(servers: &Servers, until: Instant) -> Result<(PgConnection, Place), NotReady> {
@@ -146,7 +153,13 @@ async fn connect(servers: &Servers, until: Instant) -> Result<(PgConnection, Pla
 }
 
 /// Does what placing an order and reading one does, on such a connection; nothing of it is kept.
-async fn try_placing(limited: &Servers, until: Instant) -> Result<(), NotReady> {
+/// Then, if it `confirms`, commits as an order does; returns the process of a commit that waits for
+/// longer than an order's would.
+async fn try_placing(
+    limited: &Servers,
+    confirms: bool,
+    until: Instant,
+) -> Result<Option<Backend>, NotReady> {
     let (connection, place) = connect(limited, until).await?;
     let trying = async {
         let mut session = Session::set_up(connection, place, 0).await?;
@@ -154,9 +167,17 @@ async fn try_placing(limited: &Servers, until: Instant) -> Result<(), NotReady> 
         Ok(session)
     };
     match timeout(CONNECTING, trying).await {
-        Ok(Ok(Session { connection, .. })) => {
+        Ok(Ok(Session { mut connection, backend, .. })) => {
+            if confirms {
+                let commit = sqlx::raw_sql(PROBE).execute(&mut connection);
+                match timeout(CONFIRMATION, commit).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(error)) => return Err(NotReady::of_placing(&error)),
+                    Err(_) => return Ok(Some(backend)),
+                }
+            }
             let _ = timeout(CONNECTING, connection.close()).await;
-            Ok(())
+            Ok(None)
         }
         Ok(Err(error)) => {
             if has_code(&error, READ_ONLY) {
