@@ -105,7 +105,7 @@ impl Postgres {
         let servers = Servers::new(url);
         let limited = limited(url);
         let opened = opening::wait_until_ready(&servers, &limited, Tables::Migrate, &health);
-        Ok(opened.await?.applied)
+        Ok(opened.await?.tables.pending)
     }
 
     /// A prepared statement that is outdated is tried once more: see [`is_stale_statement`].

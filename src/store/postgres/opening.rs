@@ -18,7 +18,7 @@ use crate::{
     config::Migrations,
     store::{
         StoreHealth, foreign_tables,
-        migrate::{self, Applied, REMEDY},
+        migrate::{self, Applied, Difference, REMEDY},
     },
 };
 
@@ -52,8 +52,9 @@ pub(super) enum Tables {
 
 /// A database that is ready.
 pub(super) struct Opened {
-    /// The migrations that were applied.
-    pub(super) applied: Vec<i64>,
+    /// How the tables differed; what was pending was applied.
+    pub(super) tables: Difference,
+    durability: Durability,
     /// Whether a read can wait for a synchronous standby.
     pub(super) confirms: bool,
     /// The process of the server whose commit still waited for the synchronous standby when the
@@ -83,7 +84,12 @@ pub(super) async fn wait_until_ready(
             (prepared, _) => prepared,
         };
         let why = match ready {
-            Ok(opened) => return Ok(opened),
+            Ok(opened) => {
+                // Once, however many tries it took.
+                opened.durability.warn();
+                opened.tables.warn_if_newer();
+                return Ok(opened);
+            }
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
         };
@@ -137,10 +143,8 @@ async fn prepare(servers: &Servers, tables: Tables, until: Instant) -> Result<Op
         Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
     };
     let confirms = durability.confirms().map_err(NotReady::Never)?;
-    durability.warn();
-    difference.warn_if_newer();
     let _ = timeout(CONNECTING, connection.close()).await;
-    Ok(Opened { applied: difference.pending, confirms, waiting: None })
+    Ok(Opened { tables: difference, durability, confirms, waiting: None })
 }
 
 async fn connect(servers: &Servers, until: Instant) -> Result<(PgConnection, Place), NotReady> {
