@@ -41,6 +41,16 @@ const UNDEFINED_TABLE: &str = "42P01";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const READ_ONLY: &str = "25006";
 
+/// The `search_path` and the role, and the last schema of the path that exists: it is `public`,
+/// unless an administrator chose others.
+const SCHEMAS: &str = "SELECT current_setting('search_path'), CAST(quote_ident(current_user) AS TEXT), \
+    (SELECT quote_ident(nspname) \
+        FROM UNNEST(string_to_array(current_setting('search_path'), ',')) \
+            WITH ORDINALITY AS path (entry, position) \
+        JOIN pg_namespace ON nspname = \
+            replace(btrim(entry, ' \"'), '$user', CAST(current_user AS TEXT)) \
+        ORDER BY position DESC LIMIT 1)";
+
 /// What an opening does with the tables.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Tables {
@@ -196,11 +206,15 @@ async fn try_placing(
 /// The applied migrations, none if nothing was ever applied; and whether the server takes no writes.
 async fn look(connection: &mut PgConnection) -> Result<(Vec<Applied>, bool), NotReady> {
     // Before the list: another replica makes the table and its entry in the list together.
-    let orders = sqlx::query_scalar("SELECT to_regclass('orders') IS NOT NULL");
-    let orders: bool = orders
+    let orders =
+        sqlx::query_as("SELECT to_regclass('orders') IS NOT NULL, current_schema() IS NULL");
+    let (orders, no_schema): (bool, bool) = orders
         .fetch_one(&mut *connection)
         .await
         .map_err(|error| NotReady::of_tables(&error, ""))?;
+    if no_schema {
+        return Err(no_schema_of_role(connection).await);
+    }
     let applied: Vec<Applied> =
         match sqlx::query_as(migrate::LIST).fetch_all(&mut *connection).await {
             Ok(applied) => applied,
@@ -211,6 +225,23 @@ async fn look(connection: &mut PgConnection) -> Result<(Vec<Applied>, bool), Not
     let read_only = sqlx::query_scalar("SHOW transaction_read_only").fetch_one(connection).await;
     let read_only: String = read_only.map_err(|error| NotReady::of_tables(&error, ""))?;
     Ok((applied, read_only == "on"))
+}
+
+/// None of the schemas of `search_path` exists and may be used by the role.
+async fn no_schema_of_role(connection: &mut PgConnection) -> NotReady {
+    let row: Result<(String, String, Option<String>), _> =
+        sqlx::query_as(SCHEMAS).fetch_one(connection).await;
+    match row {
+        Ok((path, role, Some(schema))) => NotReady::Never(format!(
+            "the role {role} may not use the schema {schema} (search_path {path}): GRANT USAGE ON \
+             SCHEMA {schema} TO {role}"
+        )),
+        Ok((path, role, None)) => NotReady::Never(format!(
+            "no schema of search_path ({path}) exists: create one that the role {role} may use, or \
+             set its search_path"
+        )),
+        Err(error) => NotReady::of_tables(&error, ""),
+    }
 }
 
 fn has_code(error: &sqlx::Error, code: &str) -> bool {
