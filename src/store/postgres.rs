@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use sqlx::{Execute, Executor as _, error::DatabaseError, postgres::PgRow};
+use sqlx::{Execute, Executor as _, postgres::PgRow};
 use tokio::time::{Instant, timeout};
 
 use self::{
     confirmation::{CONFIRMATION, RESOLVE_CONFIRMED, UNCONFIRMED},
     connections::{Connections, Taken},
+    errors::failure,
     opening::{Opened, Tables},
     rows::{ids, insert, keys, stored_row, uuid},
     servers::Servers,
@@ -28,6 +29,7 @@ mod confirmation;
 mod connections;
 mod dry_run;
 mod durability;
+mod errors;
 mod opening;
 mod rows;
 mod servers;
@@ -142,7 +144,10 @@ impl Postgres {
 
     /// Finds out what became of the orders of a batch, and stores none.
     pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
-        let taken = self.connections.take(Purpose::Write).await?;
+        let mut taken = self.connections.take(Purpose::Write).await?;
+        if let Err(failure) = self.require_primary(taken.session()).await {
+            return Err(self.failed(taken, failure));
+        }
         match self.resolve(taken, batch).await {
             Err(failure) if failure.stale_statement => {
                 let taken = self.connections.take(Purpose::Write).await?;
@@ -203,6 +208,18 @@ impl Postgres {
         }
     }
 
+    /// Fails on a standby, which may lack what the primary has and runs none of its processes. It
+    /// must never have the last word on an order, and is left for the next server.
+    async fn require_primary(&self, session: &mut Session) -> Result<(), Failure> {
+        // Servers of other kinds have no standbys.
+        if self.resolve == RESOLVE || !within(ATTEMPT, session.is_standby()).await? {
+            return Ok(());
+        }
+        let cause = "it is a standby, which may lack what the primary has";
+        let failure = Failure::nothing_done(StoreErrorKind::Unavailable, cause);
+        Err(Failure { read_only: true, ..failure })
+    }
+
     /// Fails unless the commit with these warnings waited for the synchronous standby.
     async fn confirmed(&self, session: &mut Session, warned: &[String]) -> Result<(), Failure> {
         // A plain read commits nothing.
@@ -242,6 +259,7 @@ impl Postgres {
 
     async fn terminate(&self, backends: &[Backend]) -> Result<Vec<Backend>, Failure> {
         self.attempt(Purpose::Write, async |session| {
+            self.require_primary(session).await?;
             session.terminate(backends).await.map_err(|error| failure(&error))
         })
         .await
@@ -357,40 +375,4 @@ async fn within<T>(
 
 fn order_of_row(row: &PgRow) -> Result<Order, Failure> {
     stored_row(row).map_err(|error| failure(&error))?.into_order()
-}
-
-fn failure(error: &sqlx::Error) -> Failure {
-    Failure { stale_statement: is_stale_statement(error), ..Failure::new(error, of_database) }
-}
-
-/// Whether a prepared statement must be prepared anew: the table's columns changed (0A000, which
-/// none of the statements causes by itself), or a pooler gave the connection another server
-/// process, which does not have the statement (26000) or has one of that name (42P05).
-fn is_stale_statement(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(DatabaseError::code);
-    matches!(code.as_deref(), Some("0A000" | "26000" | "42P05"))
-}
-
-/// By SQLSTATE (PostgreSQL, appendix A).
-fn of_database(error: &dyn DatabaseError) -> (StoreErrorKind, bool) {
-    match error.code().as_deref() {
-        // Serialisation failure, deadlock.
-        Some("40001" | "40P01") => (StoreErrorKind::Conflict, false),
-        // A statement or lock that took too long: cancelled, and with it undone.
-        Some("57014" | "55P03") => (StoreErrorKind::Timeout, false),
-        // Out of memory, too many connections, a limit of the server; a server that is a replica at
-        // present; an I/O error of its own.
-        Some("53200" | "53300" | "53400" | "25006" | "58030") => {
-            (StoreErrorKind::Unavailable, false)
-        }
-        // The server stops or starts, or the database goes; it does not know the outcome itself.
-        Some("57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "40003") => {
-            (StoreErrorKind::Unavailable, true)
-        }
-        Some("53100") => (StoreErrorKind::Full, false),
-        // The connection failed.
-        Some(code) if code.starts_with("08") => (StoreErrorKind::Unavailable, true),
-        Some(code) if code.starts_with("23") => (StoreErrorKind::Constraint, false),
-        _ => (StoreErrorKind::Other, false),
-    }
 }
