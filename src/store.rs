@@ -127,7 +127,9 @@ impl Store {
         let engine = opened.map_err(|cause| OpenError { url: url.to_string(), cause })?;
         let engine = Arc::new(engine);
         health.show(metrics.up.clone());
-        health.answered();
+        if !health.is_failing() {
+            health.answered();
+        }
         let unreadable = Arc::new(Unreadable::new(metrics.clone()));
         let idle_probe = idle_probe::start(engine.clone(), health.clone());
         let (queue, tasks) = batcher::start(&engine, metrics, &health);

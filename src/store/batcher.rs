@@ -207,6 +207,7 @@ impl Writer {
     /// one.
     async fn settle(&self, mut batch: Vec<Queued>) -> Option<Vec<Queued>> {
         let mut back_off = BACK_OFF.0;
+        let _under_way = self.health.commit_begun();
         loop {
             batch.retain(Queued::send);
             if batch.is_empty() {

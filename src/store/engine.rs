@@ -50,6 +50,14 @@ impl Engine {
         }
     }
 
+    /// Finds out whether an order could be committed now, and stores none.
+    pub(super) async fn probe(&self) -> Result<(), Failure> {
+        match self {
+            Self::Sqlite(engine) => engine.commit(&[]).await.map(drop),
+            Self::Postgres(engine) => engine.probe().await,
+        }
+    }
+
     /// Finds out what became of orders that were sent before, and sends none. What it finds is as
     /// durable as what it commits.
     pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {

@@ -51,6 +51,8 @@ struct Noted {
     failed: Option<Instant>,
     /// When a commit ended last, either way.
     last_commit: Instant,
+    /// How many batches are with a writer.
+    commits_under_way: usize,
     /// Whether the disk is full: a probe writes nothing, so that only a commit ends that.
     full: bool,
     /// `order_store_up`.
@@ -73,6 +75,7 @@ impl StoreHealth {
             end_is_due: false,
             failed: None,
             last_commit: Instant::now(),
+            commits_under_way: 0,
             full: false,
             up: None,
         };
@@ -118,6 +121,12 @@ impl StoreHealth {
         self.lock().last_commit
     }
 
+    /// A writer has a batch until this is dropped, between its attempts as well.
+    pub(super) fn commit_begun(&self) -> CommitUnderWay<'_> {
+        self.lock().commits_under_way += 1;
+        CommitUnderWay(self)
+    }
+
     /// A commit succeeded, or the opening.
     pub(super) fn answered(&self) {
         let mut noted = self.lock();
@@ -131,10 +140,12 @@ impl StoreHealth {
         self.may_be_over.notified().await;
     }
 
-    /// A probe succeeded.
+    /// A probe succeeded. While a commit is under way, that commit decides whether an outage of
+    /// writing is over.
     pub(super) fn probed(&self) {
         let mut noted = self.lock();
-        if !noted.full {
+        let commit_decides = noted.commits_under_way > 0 && !noted.reads_alone;
+        if !noted.full && !commit_decides {
             noted.answered();
         }
     }
@@ -185,6 +196,15 @@ impl StoreHealth {
     }
 }
 
+/// See [`StoreHealth::commit_begun`].
+pub(super) struct CommitUnderWay<'h>(&'h StoreHealth);
+
+impl Drop for CommitUnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.lock().commits_under_way -= 1;
+    }
+}
+
 impl Noted {
     fn answered(&mut self) {
         self.reads_alone = false;
@@ -232,6 +252,19 @@ mod tests {
         assert_eq!(health.status(), StoreStatus::Failing { why: "no room".to_owned() });
         health.answered();
         health.failed("away".to_owned());
+        health.probed();
+        assert_eq!(health.status(), StoreStatus::Up);
+    }
+
+    #[tokio::test]
+    async fn a_probe_ends_no_outage_while_a_commit_is_under_way() {
+        let health = StoreHealth::new();
+        health.answered();
+        let under_way = health.commit_begun();
+        health.failed("away".to_owned());
+        health.probed();
+        assert_eq!(health.status(), StoreStatus::Failing { why: "away".to_owned() });
+        drop(under_way);
         health.probed();
         assert_eq!(health.status(), StoreStatus::Up);
     }

@@ -37,12 +37,11 @@ async fn run(engine: Arc<Engine>, health: StoreHealth) {
     }
 }
 
-/// Does what placing does, with no order: the same statement, which takes the same locks and rights
-/// and leaves nothing behind. Then reads, as a caller would.
+/// Does what placing does, then reads, as a caller would.
 async fn probe(engine: &Engine, health: &StoreHealth) {
-    let placed = match engine.commit(&[]).await {
+    let placed = match engine.probe().await {
         // An idle connection broke, which says nothing of the next one.
-        Err(failure) if failure.is_of_connection() => engine.commit(&[]).await,
+        Err(failure) if failure.is_of_connection() => engine.probe().await,
         placed => placed,
     };
     if let Err(failure) = placed {

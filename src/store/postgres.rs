@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use sqlx::{error::DatabaseError, postgres::PgRow};
+use sqlx::{Execute, Executor as _, postgres::PgRow};
 use tokio::time::{Instant, timeout};
 
 use self::{
+    confirmation::{CONFIRMATION, RESOLVE_CONFIRMED, UNCONFIRMED},
     connections::{Connections, Taken},
+    errors::failure,
     opening::{Opened, Tables},
     rows::{ids, insert, keys, stored_row, uuid},
     servers::Servers,
@@ -23,9 +25,11 @@ use crate::{
     order::{Order, OrderId},
 };
 
+mod confirmation;
 mod connections;
 mod dry_run;
 mod durability;
+mod errors;
 mod opening;
 mod rows;
 mod servers;
@@ -39,11 +43,6 @@ pub(super) const WRITERS: usize = 2;
 /// How long to wait for the answer of the server. Its own limits, which are longer, end what nobody
 /// waits for any more.
 const ATTEMPT: Duration = Duration::from_secs(1);
-
-/// How long to wait for the commit of [`RESOLVE_CONFIRMED`]. Longer than an attempt: a retry sends
-/// a new commit, which waits as long again, so that a standby that takes longer than this limit
-/// confirms nothing.
-const CONFIRMATION: Duration = Duration::from_secs(5);
 
 const STATEMENT_TIMEOUT: (&str, &str) = ("statement_timeout", "2s");
 const LOCK_TIMEOUT: (&str, &str) = ("lock_timeout", "1500ms");
@@ -62,26 +61,6 @@ const RESOLVE: &str = "SELECT id, product_id, quantity, idempotency_key, placed_
     FROM orders WHERE id = ANY($1::UUID[]) \
     UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
     FROM orders WHERE idempotency_key = ANY($2::TEXT[])";
-
-/// The same, and its own commit waits for the synchronous standby.
-///
-/// A row that can be read is on the primary's disk, and may be nowhere else: a restart of the
-/// primary, or the end of the backend that committed it, ends the wait for the standby and makes
-/// the row visible. A SELECT waits for nothing. A transaction waits for the standby only if it has
-/// an id and wrote WAL; a transactional logical message does both, and nothing else: no table
-/// changes, and by default any role may send it (no-op updates and row locks need UPDATE and leave
-/// dead rows). The read is in the same transaction, so that no pooler can send the two to different
-/// servers. The message is written once, if there is a row at all, since the subquery depends on
-/// none.
-///
-/// Cost: a batch with a replay flushes about 100 bytes of WAL more than a read, and takes as long
-/// as a commit. A batch of new orders does not come here.
-const RESOLVE_CONFIRMED: &str = "SELECT id, product_id, quantity, idempotency_key, placed_at, \
-    (SELECT pg_logical_emit_message(true, 'order-service', '') IS NOT NULL) FROM (\
-    SELECT id, product_id, quantity, idempotency_key, placed_at \
-    FROM orders WHERE id = ANY($1::UUID[]) \
-    UNION ALL SELECT id, product_id, quantity, idempotency_key, placed_at \
-    FROM orders WHERE idempotency_key = ANY($2::TEXT[])) AS stored";
 
 const GET: &str =
     "SELECT id, product_id, quantity, idempotency_key, placed_at FROM orders WHERE id = $1";
@@ -109,10 +88,17 @@ impl Postgres {
         // Migrations run without the time limits: one of a large table takes what it takes.
         let limited = limited(url);
         let tables = Tables::Serve(migrations);
-        let Opened { confirms, .. } =
+        let Opened { confirms, waiting, .. } =
             opening::wait_until_ready(&servers, &limited, tables, health).await?;
         let resolve = if confirms { RESOLVE_CONFIRMED } else { RESOLVE };
-        Ok(Self { connections: Connections::new(limited, pool, WRITERS), resolve, metrics })
+        let opened =
+            Self { connections: Connections::new(limited, pool, WRITERS), resolve, metrics };
+        // The start does not wait for a standby that is down: orders can be read meanwhile.
+        if let Some(backend) = waiting {
+            let _ = opened.terminate(&[backend]).await;
+            health.failed(UNCONFIRMED.to_owned());
+        }
+        Ok(opened)
     }
 
     /// Applies the pending migrations and returns their versions.
@@ -121,7 +107,7 @@ impl Postgres {
         let servers = Servers::new(url);
         let limited = limited(url);
         let opened = opening::wait_until_ready(&servers, &limited, Tables::Migrate, &health);
-        Ok(opened.await?.applied)
+        Ok(opened.await?.tables.pending)
     }
 
     /// A prepared statement that is outdated is tried once more: see [`is_stale_statement`].
@@ -144,7 +130,7 @@ impl Postgres {
         let insert = insert(&mut session.connection, batch);
         let inserted = within(ATTEMPT, session.warnings.during(insert)).await;
         // Not to be taken for the next statement's.
-        let warned = session.warnings.take();
+        let warned = !session.warnings.take().is_empty();
         match inserted {
             Ok(inserted) if inserted == batch.len() && !warned => {
                 taken.keep();
@@ -158,7 +144,10 @@ impl Postgres {
 
     /// Finds out what became of the orders of a batch, and stores none.
     pub(super) async fn look_up(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
-        let taken = self.connections.take(Purpose::Write).await?;
+        let mut taken = self.connections.take(Purpose::Write).await?;
+        if let Err(failure) = self.require_primary(taken.session()).await {
+            return Err(self.failed(taken, failure));
+        }
         match self.resolve(taken, batch).await {
             Err(failure) if failure.stale_statement => {
                 let taken = self.connections.take(Purpose::Write).await?;
@@ -168,40 +157,78 @@ impl Postgres {
         }
     }
 
+    /// Does what placing does, with no order: the same statement, which takes the same locks and
+    /// rights and leaves nothing behind. Then waits for the synchronous standby, if there is one.
+    pub(super) async fn probe(&self) -> Result<(), Failure> {
+        self.commit(&[]).await?;
+        if self.resolve == RESOLVE_CONFIRMED {
+            let taken = self.connections.take(Purpose::Write).await?;
+            self.confirm(taken, sqlx::raw_sql(confirmation::PROBE)).await?;
+        }
+        Ok(())
+    }
+
     /// Whatever fails here, orders of the batch may be committed.
-    async fn resolve(
+    async fn resolve(&self, taken: Taken<'_>, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
+        let read = sqlx::query(self.resolve).bind(ids(batch)).bind(keys(batch));
+        let rows = self.confirm(taken, read).await?;
+        let rows = rows.iter().map(stored_row).collect::<Result<_, _>>();
+        let rows = rows.map_err(|error| Failure { outcome_unknown: true, ..failure(&error) })?;
+        Ok(resolve(batch, rows))
+    }
+
+    /// Runs a statement whose commit waits for the synchronous standby.
+    async fn confirm<'q>(
         &self,
         mut taken: Taken<'_>,
-        batch: &[NewOrder],
-    ) -> Result<Vec<Outcome>, Failure> {
+        statement: impl Execute<'q, sqlx::Postgres> + 'q,
+    ) -> Result<Vec<PgRow>, Failure> {
         let session = taken.session();
         let backend = session.backend;
-        let read = sqlx::query(self.resolve).bind(ids(batch)).bind(keys(batch));
-        let read = read.fetch_all(&mut session.connection);
-        let rows = within(CONFIRMATION, session.warnings.during(read)).await;
+        let run = session.connection.fetch_all(statement);
+        let rows = within(CONFIRMATION, session.warnings.during(run)).await;
         let warned = session.warnings.take();
-        let rows = rows.and_then(|rows| {
-            let rows = rows.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
-            rows.map_err(|error| failure(&error))
-        });
+        let rows = match rows {
+            Ok(rows) => self.confirmed(session, &warned).await.map(|()| rows),
+            Err(failure) => Err(failure),
+        };
         match rows {
-            Ok(_) if warned => {
-                let cause = "the wait for the synchronous standby was cancelled";
-                Err(self.failed(taken, Failure::unknown(StoreErrorKind::Unavailable, cause)))
-            }
             Ok(rows) => {
                 taken.keep();
-                Ok(resolve(batch, rows))
+                Ok(rows)
             }
             Err(failure) if failure.no_answer => {
-                let cause = "no commit of the server within 5 s, as when its synchronous standby \
-                             is down";
-                let failure = self.failed(taken, Failure { cause: cause.to_owned(), ..failure });
+                let failure = Failure { cause: UNCONFIRMED.to_owned(), ..failure };
+                let failure = self.failed(taken, failure);
                 // It would wait until the standby is back, and each retry adds another one.
                 let _ = self.terminate(&[backend]).await;
                 Err(failure)
             }
             Err(failure) => Err(self.failed(taken, Failure { outcome_unknown: true, ..failure })),
+        }
+    }
+
+    /// Fails on a standby, which may lack what the primary has and runs none of its processes. It
+    /// must never have the last word on an order, and is left for the next server.
+    async fn require_primary(&self, session: &mut Session) -> Result<(), Failure> {
+        // Servers of other kinds have no standbys.
+        if self.resolve == RESOLVE || !within(ATTEMPT, session.is_standby()).await? {
+            return Ok(());
+        }
+        let cause = "it is a standby, which may lack what the primary has";
+        let failure = Failure::nothing_done(StoreErrorKind::Unavailable, cause);
+        Err(Failure { read_only: true, ..failure })
+    }
+
+    /// Fails unless the commit with these warnings waited for the synchronous standby.
+    async fn confirmed(&self, session: &mut Session, warned: &[String]) -> Result<(), Failure> {
+        // A plain read commits nothing.
+        if warned.is_empty() || self.resolve == RESOLVE {
+            return Ok(());
+        }
+        match within(ATTEMPT, confirmation::doubt(session, warned)).await? {
+            None => Ok(()),
+            Some(cause) => Err(Failure::unknown(StoreErrorKind::Unavailable, cause)),
         }
     }
 
@@ -232,6 +259,7 @@ impl Postgres {
 
     async fn terminate(&self, backends: &[Backend]) -> Result<Vec<Backend>, Failure> {
         self.attempt(Purpose::Write, async |session| {
+            self.require_primary(session).await?;
             session.terminate(backends).await.map_err(|error| failure(&error))
         })
         .await
@@ -347,40 +375,4 @@ async fn within<T>(
 
 fn order_of_row(row: &PgRow) -> Result<Order, Failure> {
     stored_row(row).map_err(|error| failure(&error))?.into_order()
-}
-
-fn failure(error: &sqlx::Error) -> Failure {
-    Failure { stale_statement: is_stale_statement(error), ..Failure::new(error, of_database) }
-}
-
-/// Whether a prepared statement must be prepared anew: the table's columns changed (0A000, which
-/// none of the statements causes by itself), or a pooler gave the connection another server
-/// process, which does not have the statement (26000) or has one of that name (42P05).
-fn is_stale_statement(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(DatabaseError::code);
-    matches!(code.as_deref(), Some("0A000" | "26000" | "42P05"))
-}
-
-/// By SQLSTATE (PostgreSQL, appendix A).
-fn of_database(error: &dyn DatabaseError) -> (StoreErrorKind, bool) {
-    match error.code().as_deref() {
-        // Serialisation failure, deadlock.
-        Some("40001" | "40P01") => (StoreErrorKind::Conflict, false),
-        // A statement or lock that took too long: cancelled, and with it undone.
-        Some("57014" | "55P03") => (StoreErrorKind::Timeout, false),
-        // Out of memory, too many connections, a limit of the server; a server that is a replica at
-        // present; an I/O error of its own.
-        Some("53200" | "53300" | "53400" | "25006" | "58030") => {
-            (StoreErrorKind::Unavailable, false)
-        }
-        // The server stops or starts, or the database goes; it does not know the outcome itself.
-        Some("57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "40003") => {
-            (StoreErrorKind::Unavailable, true)
-        }
-        Some("53100") => (StoreErrorKind::Full, false),
-        // The connection failed.
-        Some(code) if code.starts_with("08") => (StoreErrorKind::Unavailable, true),
-        Some(code) if code.starts_with("23") => (StoreErrorKind::Constraint, false),
-        _ => (StoreErrorKind::Other, false),
-    }
 }

@@ -51,7 +51,28 @@ async fn asynchronous_commits_of_the_server_or_the_role_lose_no_acknowledged_ord
     }
 }
 
-/// The same on a server that is told so while the service runs.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn a_start_of_many_tries_warns_once() {
+    let mut server = PostgresServer::make();
+    server.set(&["fsync=off"]);
+    server.run();
+    assert_eq!(Process::start(&server.url(), &[]).await.terminate().await, Some(0));
+    let mut connection = server.connect().await;
+    connection.execute("BEGIN; LOCK TABLE orders IN SHARE MODE").await.unwrap();
+    let mut service = Process::spawn(&server.url(), &[], |_| {});
+    service.logged("the store does not answer yet").await;
+    // A try that logs its reason no more.
+    let waiting = "SELECT COUNT(*) FROM pg_locks WHERE NOT granted";
+    while rows(&server, waiting).await == 0 {}
+    connection.execute("COMMIT").await.unwrap();
+    service.serving().await;
+    let log = service.log();
+    let found = log.iter().filter(|line| line["found"] == "fsync=off").count();
+    assert_eq!(found, 1, "{log:?}");
+}
+
+/// An asynchronous commit, on a server that is told so while the service runs.
 #[tokio::test]
 #[ignore = "needs PostgreSQL's server programs; run by make test"]
 async fn a_reload_turns_no_session_asynchronous() {

@@ -74,6 +74,31 @@ async fn postgres_that_is_away_or_takes_no_writes_is_noticed() {
 }
 
 #[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn a_synchronous_standby_that_is_down_is_noticed_also_at_the_start() {
+    let primary = PostgresServer::start().await;
+    let standby = primary.attach_standby().await;
+    let service = Process::start(&primary.url(), &[]).await;
+    let back = async || {
+        standby.run();
+        primary.until_replicated().await;
+    };
+    let why = "synchronous standby is down";
+    is_noticed(&service, why, async || standby.stop_immediately(), back).await;
+    assert_eq!(service.terminate().await, Some(0));
+
+    standby.stop_immediately();
+    let service = Process::start(&primary.url(), &[]).await;
+    let (status, body) = readyz(&service).await;
+    assert!(status == 200 && body.contains(why), "{status} {body}");
+    assert_eq!(service.scrape().await.value("order_store_up", &[]), 0.0);
+    // Probes that nobody waits for any more do not pile up on the server.
+    assert!(primary.backends().await.len() <= 4);
+    back().await;
+    until_up_is(&service, 1.0).await;
+}
+
+#[tokio::test]
 async fn a_sqlite_file_that_another_program_holds_is_noticed() {
     let dir = tempfile::tempdir().unwrap();
     let service = Process::start(&database_in(dir.path()), &[]).await;

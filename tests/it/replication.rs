@@ -4,7 +4,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use order_service::proto::{PlaceRequest, order_service_client::OrderServiceClient};
-use sqlx::AssertSqlSafe;
+use sqlx::{AssertSqlSafe, Executor as _};
 use tokio::{
     task::{JoinHandle, JoinSet},
     time::timeout,
@@ -193,4 +193,43 @@ async fn a_standby_that_takes_seconds_delays_orders_and_refuses_none() {
     slow.abort();
     let _ = slow.await;
     kill_process(receiver, Signal::CONT).unwrap();
+}
+
+/// The plans that `auto_explain` sends with each statement are warnings, and cancel no wait.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn warnings_of_auto_explain_keep_no_order_from_being_placed() {
+    for with_standby in [false, true] {
+        let mut primary = PostgresServer::make();
+        primary.set(&[
+            "session_preload_libraries=auto_explain",
+            "auto_explain.log_min_duration=0",
+            "auto_explain.log_level=warning",
+        ]);
+        primary.run();
+        let standby = if with_standby { Some(primary.attach_standby().await) } else { None };
+        let service = Process::start(&primary.url(), &[]).await;
+        let acknowledged = place_all(&service).await;
+        assert_eq!(acknowledged.len(), KEYS);
+        assert_eq!(place_all(&service).await, acknowledged);
+        assert_eq!(service.scrape().await.value("product_order_total", &[]), KEYS as f64);
+        assert_eq!(service.terminate().await, Some(0));
+        drop(standby);
+    }
+}
+
+/// A warning of one line without a number, which each SELECT of orders brings.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn an_unknown_warning_of_reads_keeps_no_order_from_being_placed() {
+    let primary = PostgresServer::start().await;
+    let service = Process::start(&primary.url(), &[]).await;
+    let warning = "CREATE FUNCTION warn() RETURNS BOOLEAN LANGUAGE plpgsql VOLATILE AS \
+                   $$ BEGIN RAISE WARNING 'mind the gap'; RETURN true; END $$; \
+                   ALTER TABLE orders RENAME TO kept; \
+                   CREATE VIEW orders AS SELECT * FROM kept WHERE (SELECT warn())";
+    primary.connect().await.execute(warning).await.unwrap();
+    let acknowledged = place_all(&service).await;
+    assert_eq!(acknowledged.len(), KEYS);
+    assert_eq!(place_all(&service).await, acknowledged);
 }

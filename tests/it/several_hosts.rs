@@ -7,11 +7,15 @@ use rustix::process::{Signal, kill_process};
 use sqlx::Executor as _;
 use tokio::time::Instant;
 
-use order_service::store::{StoreError, StoreStatus};
+use order_service::{
+    metrics::StoreErrorKind,
+    store::{StoreError, StoreStatus},
+};
 
 use crate::{
-    database::{Opened, later, new},
+    database::{Database, Opened, later, new, taken, until},
     postgres::{PASSWORD, PostgresServer},
+    proxy::{Proxy, Traffic},
     support::{PATIENCE, Process},
 };
 
@@ -166,6 +170,45 @@ async fn a_server_that_is_frozen_is_left_for_the_next() {
     for process in &frozen {
         kill_process(*process, Signal::CONT).unwrap();
     }
+}
+
+/// The standby lacks an order that the primary has stored, and whose outcome is yet to be found out.
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn a_standby_that_lags_never_says_that_an_order_is_not_stored() {
+    let (primary, standby) = pair().await;
+    let proxy = Proxy::start(primary.port).await;
+    let url = format!(
+        "postgres://postgres:{PASSWORD}@127.0.0.1:{},127.0.0.1:{}/postgres?target_session_attrs=any",
+        proxy.port, standby.port
+    );
+    let opened = Opened::new(&url).await.unwrap();
+    let first = new("first", None);
+    opened.store.place(first.clone(), later()).await.unwrap();
+    standby.until_stored(first.order.id).await;
+    standby.connect().await.execute("SELECT pg_wal_replay_pause()").await.unwrap();
+
+    proxy.set(Traffic::AnswersAreHeld);
+    let order = new("book", None);
+    let call = taken(&opened, order.clone(), later()).await;
+    primary.until_stored(order.order.id).await;
+    Database::refuse_product(&primary.url(), "book").await;
+    proxy.set(Traffic::IsCut);
+    proxy.set(Traffic::Passes);
+    until(|| opened.metrics.store.errors(StoreErrorKind::Other).get() > 0).await;
+    // It was refused, and is looked up on the standby alone.
+    proxy.set(Traffic::IsCut);
+    let standby_was_asked = || match opened.health.status() {
+        StoreStatus::Failing { why } => why.contains("it is a standby"),
+        _ => false,
+    };
+    until(|| standby_was_asked() || call.is_finished()).await;
+    assert!(!call.is_finished());
+    proxy.set(Traffic::Passes);
+    let placed = call.await.unwrap().unwrap();
+    assert_eq!((placed.order, placed.replayed), (order.order, false));
+    assert_eq!(opened.placed(), 2);
+    opened.close().await;
 }
 
 #[tokio::test]

@@ -199,6 +199,30 @@ async fn a_postgres_role_or_table_that_takes_no_order_is_refused() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL's server programs; run by make test"]
+async fn a_postgres_role_without_a_schema_is_refused_with_the_grant() {
+    let server = PostgresServer::start().await;
+    assert_eq!(Process::start(&server.url(), &[]).await.terminate().await, Some(0));
+    let mut connection = server.connect().await;
+    let clerk = format!(
+        "CREATE ROLE clerk LOGIN PASSWORD '{PASSWORD}'; REVOKE USAGE ON SCHEMA public FROM public; \
+         GRANT SELECT, INSERT ON orders, _sqlx_migrations TO clerk"
+    );
+    connection.execute(sqlx::AssertSqlSafe(clerk)).await.unwrap();
+    let as_clerk = server.url().replace("postgres:s", "clerk:s");
+    let line = refusal(&as_clerk).await;
+    assert!(line.contains("GRANT USAGE ON SCHEMA public TO clerk"), "{line}");
+
+    connection.execute("ALTER ROLE clerk SET search_path = shop").await.unwrap();
+    let line = refusal(&as_clerk).await;
+    assert!(line.contains("no schema of search_path (shop) exists"), "{line}");
+
+    let grant = "ALTER ROLE clerk RESET search_path; GRANT USAGE ON SCHEMA public TO clerk";
+    connection.execute(grant).await.unwrap();
+    places_an_order(&Process::start(&as_clerk, &[]).await).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL's server programs; run by make test"]
 async fn a_postgres_server_that_takes_no_writes_is_waited_for() {
     let server = PostgresServer::start().await;
     assert_eq!(Process::start(&server.url(), &[]).await.terminate().await, Some(0));

@@ -12,7 +12,6 @@ use crate::store::dry_run;
 /// # Errors
 /// If the server refuses a statement, unless it is the order itself that it refuses.
 pub(super) async fn place_and_read(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    warn_without_limits(connection).await?;
     let new = dry_run::order();
     let mut transaction = connection.begin().await?;
     match insert(&mut transaction, std::slice::from_ref(&new)).await {
@@ -26,7 +25,9 @@ pub(super) async fn place_and_read(connection: &mut PgConnection) -> Result<(), 
     }
     let read = sqlx::query(GET).bind(uuid(new.order.id)).fetch_optional(&mut *transaction).await?;
     read.as_ref().map(stored_row).transpose()?;
-    transaction.rollback().await
+    transaction.rollback().await?;
+    // Last, so that a start of many tries warns once.
+    warn_without_limits(connection).await
 }
 
 /// A pooler may ignore what sets the limits; then statements that nobody waits for any more go on.

@@ -8,16 +8,17 @@ use sqlx::{Connection as _, migrate::MigrateError, postgres::PgConnection};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{
+    confirmation::{CONFIRMATION, PROBE},
     dry_run,
     durability::Durability,
     servers::{NoServer, Place, Servers},
-    session::Session,
+    session::{Backend, Session},
 };
 use crate::{
     config::Migrations,
     store::{
         StoreHealth, foreign_tables,
-        migrate::{self, Applied, REMEDY},
+        migrate::{self, Applied, Difference, REMEDY},
     },
 };
 
@@ -40,6 +41,16 @@ const UNDEFINED_TABLE: &str = "42P01";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const READ_ONLY: &str = "25006";
 
+/// The `search_path` and the role, and the last schema of the path that exists: it is `public`,
+/// unless an administrator chose others.
+const SCHEMAS: &str = "SELECT current_setting('search_path'), CAST(quote_ident(current_user) AS TEXT), \
+    (SELECT quote_ident(nspname) \
+        FROM UNNEST(string_to_array(current_setting('search_path'), ',')) \
+            WITH ORDINALITY AS path (entry, position) \
+        JOIN pg_namespace ON nspname = \
+            replace(btrim(entry, ' \"'), '$user', CAST(current_user AS TEXT)) \
+        ORDER BY position DESC LIMIT 1)";
+
 /// What an opening does with the tables.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Tables {
@@ -51,10 +62,14 @@ pub(super) enum Tables {
 
 /// A database that is ready.
 pub(super) struct Opened {
-    /// The migrations that were applied.
-    pub(super) applied: Vec<i64>,
+    /// How the tables differed; what was pending was applied.
+    pub(super) tables: Difference,
+    durability: Durability,
     /// Whether a read can wait for a synchronous standby.
     pub(super) confirms: bool,
+    /// The process of the server whose commit still waited for the synchronous standby when the
+    /// start stopped waiting for it.
+    pub(super) waiting: Option<Backend>,
 }
 
 /// Returns once a server has answered, its tables fit this program and, if it is to serve, an order
@@ -72,11 +87,19 @@ pub(super) async fn wait_until_ready(
     let until = Instant::now() + OPENING;
     loop {
         let ready = match (prepare(servers, tables, until).await, tables) {
-            (Ok(opened), Tables::Serve(_)) => try_placing(limited, until).await.map(|()| opened),
+            (Ok(opened), Tables::Serve(_)) => {
+                let tried = try_placing(limited, opened.confirms, until).await;
+                tried.map(|waiting| Opened { waiting, ..opened })
+            }
             (prepared, _) => prepared,
         };
         let why = match ready {
-            Ok(opened) => return Ok(opened),
+            Ok(opened) => {
+                // Once, however many tries it took.
+                opened.durability.warn();
+                opened.tables.warn_if_newer();
+                return Ok(opened);
+            }
             Err(NotReady::Never(why)) => return Err(why),
             Err(NotReady::NotYet(why)) => why,
         };
@@ -130,10 +153,8 @@ async fn prepare(servers: &Servers, tables: Tables, until: Instant) -> Result<Op
         Err(_) => return Err(NotReady::NotYet("it does not answer".to_owned())),
     };
     let confirms = durability.confirms().map_err(NotReady::Never)?;
-    durability.warn();
-    difference.warn_if_newer();
     let _ = timeout(CONNECTING, connection.close()).await;
-    Ok(Opened { applied: difference.pending, confirms })
+    Ok(Opened { tables: difference, durability, confirms, waiting: None })
 }
 
 async fn connect(servers: &Servers, until: Instant) -> Result<(PgConnection, Place), NotReady> {
@@ -146,7 +167,13 @@ async fn connect(servers: &Servers, until: Instant) -> Result<(PgConnection, Pla
 }
 
 /// Does what placing an order and reading one does, on such a connection; nothing of it is kept.
-async fn try_placing(limited: &Servers, until: Instant) -> Result<(), NotReady> {
+/// Then, if it `confirms`, commits as an order does; returns the process of a commit that waits for
+/// longer than an order's would.
+async fn try_placing(
+    limited: &Servers,
+    confirms: bool,
+    until: Instant,
+) -> Result<Option<Backend>, NotReady> {
     let (connection, place) = connect(limited, until).await?;
     let trying = async {
         let mut session = Session::set_up(connection, place, 0).await?;
@@ -154,9 +181,17 @@ async fn try_placing(limited: &Servers, until: Instant) -> Result<(), NotReady> 
         Ok(session)
     };
     match timeout(CONNECTING, trying).await {
-        Ok(Ok(Session { connection, .. })) => {
+        Ok(Ok(Session { mut connection, backend, .. })) => {
+            if confirms {
+                let commit = sqlx::raw_sql(PROBE).execute(&mut connection);
+                match timeout(CONFIRMATION, commit).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(error)) => return Err(NotReady::of_placing(&error)),
+                    Err(_) => return Ok(Some(backend)),
+                }
+            }
             let _ = timeout(CONNECTING, connection.close()).await;
-            Ok(())
+            Ok(None)
         }
         Ok(Err(error)) => {
             if has_code(&error, READ_ONLY) {
@@ -171,11 +206,15 @@ async fn try_placing(limited: &Servers, until: Instant) -> Result<(), NotReady> 
 /// The applied migrations, none if nothing was ever applied; and whether the server takes no writes.
 async fn look(connection: &mut PgConnection) -> Result<(Vec<Applied>, bool), NotReady> {
     // Before the list: another replica makes the table and its entry in the list together.
-    let orders = sqlx::query_scalar("SELECT to_regclass('orders') IS NOT NULL");
-    let orders: bool = orders
+    let orders =
+        sqlx::query_as("SELECT to_regclass('orders') IS NOT NULL, current_schema() IS NULL");
+    let (orders, no_schema): (bool, bool) = orders
         .fetch_one(&mut *connection)
         .await
         .map_err(|error| NotReady::of_tables(&error, ""))?;
+    if no_schema {
+        return Err(no_schema_of_role(connection).await);
+    }
     let applied: Vec<Applied> =
         match sqlx::query_as(migrate::LIST).fetch_all(&mut *connection).await {
             Ok(applied) => applied,
@@ -186,6 +225,23 @@ async fn look(connection: &mut PgConnection) -> Result<(Vec<Applied>, bool), Not
     let read_only = sqlx::query_scalar("SHOW transaction_read_only").fetch_one(connection).await;
     let read_only: String = read_only.map_err(|error| NotReady::of_tables(&error, ""))?;
     Ok((applied, read_only == "on"))
+}
+
+/// None of the schemas of `search_path` exists and may be used by the role.
+async fn no_schema_of_role(connection: &mut PgConnection) -> NotReady {
+    let row: Result<(String, String, Option<String>), _> =
+        sqlx::query_as(SCHEMAS).fetch_one(connection).await;
+    match row {
+        Ok((path, role, Some(schema))) => NotReady::Never(format!(
+            "the role {role} may not use the schema {schema} (search_path {path}): GRANT USAGE ON \
+             SCHEMA {schema} TO {role}"
+        )),
+        Ok((path, role, None)) => NotReady::Never(format!(
+            "no schema of search_path ({path}) exists: create one that the role {role} may use, or \
+             set its search_path"
+        )),
+        Err(error) => NotReady::of_tables(&error, ""),
+    }
 }
 
 fn has_code(error: &sqlx::Error, code: &str) -> bool {

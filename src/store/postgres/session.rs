@@ -68,6 +68,11 @@ impl Session {
         Ok(Self { connection, warnings, backend, server, born, generation })
     }
 
+    pub(super) async fn is_standby(&mut self) -> Result<bool, sqlx::Error> {
+        let row = sqlx::raw_sql("SELECT pg_is_in_recovery()").fetch_one(&mut self.connection);
+        row.await?.try_get(0)
+    }
+
     /// Ends these processes of the server; returns those that run on for now.
     pub(super) async fn terminate(
         &mut self,

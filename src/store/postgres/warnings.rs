@@ -1,4 +1,4 @@
-//! Reports whether the server warned during a statement.
+//! Reports the server's warnings during a statement that may tell of a cancelled wait.
 //!
 //! A commit whose wait for the synchronous standby is cancelled (`pg_cancel_backend`, a cancel
 //! request) reports success: the one sign is a WARNING between the answer and `ReadyForQuery`. sqlx
@@ -6,14 +6,19 @@
 //! Therefore a write runs under a subscriber of its own, which notes the event and passes it on, as
 //! it passes everything else, to the subscriber of the process. What `RUST_LOG` hides is seen all
 //! the same.
+//!
+//! The event has the warning's text and no SQLSTATE. In every language the text of a cancelled wait
+//! is one line without a number. A text with a line break or a digit is another warning, such as
+//! the plans and durations of `auto_explain`, and is not noted.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use tracing::{
     Dispatch, Event, Level, Metadata, Subscriber, dispatcher,
+    field::{Field, Visit},
     instrument::{WithDispatch, WithSubscriber as _},
     level_filters::LevelFilter,
     span::{Attributes, Id, Record},
@@ -27,16 +32,19 @@ const TARGET: &str = "sqlx::postgres::notice";
 /// every call site of the program.
 #[derive(Debug)]
 pub(super) struct Warnings {
-    seen: Arc<AtomicBool>,
+    noted: Noted,
     dispatch: Dispatch,
 }
 
+/// The texts, each once.
+type Noted = Arc<Mutex<Vec<String>>>;
+
 impl Warnings {
     pub(super) fn new() -> Self {
-        let seen = Arc::new(AtomicBool::new(false));
+        let noted = Noted::default();
         let process = dispatcher::get_default(Clone::clone);
-        let watch = Watch { seen: seen.clone(), max_level: LevelFilter::current(), process };
-        Self { seen, dispatch: Dispatch::new(watch) }
+        let watch = Watch { noted: noted.clone(), max_level: LevelFilter::current(), process };
+        Self { noted, dispatch: Dispatch::new(watch) }
     }
 
     /// Notes the warnings that the server sends while `statement` runs.
@@ -44,17 +52,45 @@ impl Warnings {
         statement.with_subscriber(self.dispatch.clone())
     }
 
-    /// Whether there was a warning since the last call.
-    pub(super) fn take(&self) -> bool {
-        self.seen.swap(false, Ordering::Relaxed)
+    /// The texts since the last call that may be those of a cancelled wait.
+    pub(super) fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *self.noted.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// Notes warnings; all else is the subscriber's of the process.
 struct Watch {
-    seen: Arc<AtomicBool>,
+    noted: Noted,
     max_level: LevelFilter,
     process: Dispatch,
+}
+
+impl Watch {
+    fn note(&self, text: String) {
+        let is_another = text.contains(|c: char| c == '\n' || c.is_ascii_digit());
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_another && !noted.contains(&text) {
+            noted.push(text);
+        }
+    }
+}
+
+/// The field `message` of an event; empty if there is none.
+#[derive(Default)]
+struct Text(String);
+
+impl Visit for Text {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            value.clone_into(&mut self.0);
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.0 = format!("{value:?}");
+        }
+    }
 }
 
 fn is_warning(metadata: &Metadata<'_>) -> bool {
@@ -80,7 +116,9 @@ impl Subscriber for Watch {
 
     fn event(&self, event: &Event<'_>) {
         if is_warning(event.metadata()) {
-            self.seen.store(true, Ordering::Relaxed);
+            let mut text = Text::default();
+            event.record(&mut text);
+            self.note(text.0);
             if !self.process.enabled(event.metadata()) {
                 return;
             }
