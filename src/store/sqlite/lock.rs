@@ -35,7 +35,7 @@ struct Held {
 
 /// Device and inode, which identify a file whatever its name is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FileId(u64, u64);
+pub(super) struct FileId(u64, u64);
 
 impl Lock {
     /// Locks a database file, and creates it if it is missing.
@@ -64,9 +64,7 @@ impl Lock {
                  another name"
             ));
         }
-        let mut name = OsString::from(&database);
-        name.push(".lock");
-        let path = PathBuf::from(name);
+        let path = beside(&database, ".lock");
         let held = Mutex::new(lock_file(&path)?);
         Ok(Self { database, database_id: FileId::of(&metadata), path, held })
     }
@@ -74,6 +72,11 @@ impl Lock {
     /// The canonical path of the database file.
     pub(super) fn database(&self) -> &Path {
         &self.database
+    }
+
+    /// The path of the write-ahead log.
+    pub(super) fn wal(&self) -> PathBuf {
+        beside(&self.database, "-wal")
     }
 
     /// Checks that both files are still at their paths. If the lock file was removed or replaced,
@@ -104,9 +107,15 @@ impl Lock {
 }
 
 impl FileId {
-    fn of(file: &Metadata) -> Self {
+    pub(super) fn of(file: &Metadata) -> Self {
         Self(file.dev(), file.ino())
     }
+}
+
+fn beside(database: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(database);
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// Creates and locks a file. The file must still be at its path once it is locked.

@@ -1,4 +1,4 @@
-//! Maintains a database file in the background: checks its lock once a second, and truncates a long
+//! Maintains a database file in the background: checks its files once a second, and truncates a long
 //! write-ahead log (WAL).
 //!
 //! SQLite restarts the WAL only while no reader needs it. Reads that overlap never leave it such a
@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::lock::Lock;
+use super::files::Files;
 use crate::store::{
     StoreHealth,
     readers::{self, Readers},
@@ -48,16 +48,14 @@ impl Wal {
 
 impl Maintainer {
     pub(super) fn start(
-        lock: Arc<Lock>,
+        files: Arc<Files>,
         writer: SqlitePool,
         turns: Arc<Readers>,
         health: StoreHealth,
     ) -> Self {
-        let mut path = lock.database().as_os_str().to_owned();
-        path.push("-wal");
-        let wal = Arc::new(Wal { path: path.into(), is_long: Notify::new() });
+        let wal = Arc::new(Wal { path: files.wal().clone(), is_long: Notify::new() });
         let mut task = JoinSet::new();
-        task.spawn(run(lock, wal.clone(), writer, turns, health));
+        task.spawn(run(files, wal.clone(), writer, turns, health));
         Self { wal, task: Mutex::new(task) }
     }
 
@@ -76,7 +74,7 @@ impl Maintainer {
 }
 
 async fn run(
-    lock: Arc<Lock>,
+    files: Arc<Files>,
     wal: Arc<Wal>,
     writer: SqlitePool,
     turns: Arc<Readers>,
@@ -84,23 +82,23 @@ async fn run(
 ) {
     let mut period = interval(PERIOD);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut lock_lost, mut prevented) = (false, false);
+    let (mut files_lost, mut prevented) = (false, false);
     loop {
         tokio::select! {
-            _ = period.tick() => match lock.check() {
+            _ = period.tick() => match files.check().await {
                 Ok(()) => {
-                    if std::mem::take(&mut lock_lost) {
+                    if std::mem::take(&mut files_lost) {
                         health.answered();
                     }
                 }
                 Err(cause) => {
-                    lock_lost = true;
+                    files_lost = true;
                     health.failed(cause);
                 }
             },
             () = wal.is_long.notified(), if !prevented => {}
         }
-        prevented = !lock_lost && wal.is_long() && !truncate(&writer, &turns).await;
+        prevented = !files_lost && wal.is_long() && !truncate(&writer, &turns).await;
     }
 }
 
