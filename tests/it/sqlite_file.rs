@@ -11,6 +11,7 @@ use order_service::{
     proto::{ListRequest, PlaceRequest},
     store::StoreError,
 };
+use rustix::fs::{CWD, Mode, mkfifoat};
 use sqlx::{Connection as _, Executor as _, SqliteConnection};
 use tokio::{
     task::JoinSet,
@@ -190,6 +191,16 @@ async fn an_idle_service_saves_a_wal_that_is_removed() {
     service.kill_9().await;
     let service = Process::start_in(dir.path(), &[]).await;
     assert_eq!(listed(&service).await, 1);
+}
+
+#[tokio::test]
+async fn a_named_pipe_in_place_of_a_file_is_refused_at_once() {
+    for (pipe, named) in [("orders.db", "orders.db"), ("orders.db.lock", "orders.db.lock")] {
+        let dir = tempfile::tempdir().unwrap();
+        mkfifoat(CWD, dir.path().join(pipe), Mode::RUSR | Mode::WUSR).unwrap();
+        let line = timeout(PATIENCE, refused(&dir.path().join("orders.db"))).await.unwrap();
+        assert!(line.contains("expected a regular file") && line.contains(named), "{line}");
+    }
 }
 
 /// Returns a function that reads the length of the WAL in bytes.

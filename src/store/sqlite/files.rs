@@ -8,9 +8,11 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
 };
 
+use rustix::fs::OFlags;
 use sqlx::{ConnectOptions as _, Connection as _, Row as _, SqliteConnection, sqlite};
 use tokio::sync::Mutex;
 
@@ -123,7 +125,9 @@ impl Files {
 /// Flushes a WAL to the disk and returns its identity. SQLite holds no lock on a WAL, so closing it
 /// releases none.
 fn flush(path: PathBuf) -> io::Result<Option<FileId>> {
-    match File::open(path) {
+    // A named pipe must not make it wait.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    match File::options().read(true).custom_flags(flags).open(path) {
         Ok(file) => {
             file.sync_all()?;
             Ok(Some(FileId::of(&file.metadata()?)))
