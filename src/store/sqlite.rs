@@ -1,6 +1,6 @@
 //! SQLite: a file that one process has for itself, or memory.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use sqlx::{
@@ -79,8 +79,8 @@ impl Sqlite {
         migrations: Migrations,
         health: &StoreHealth,
     ) -> Result<Self, String> {
-        if migrations == Migrations::Check && !path.exists() {
-            return Err(format!("no such file, and --migrations check makes none: {REMEDY}"));
+        if migrations == Migrations::Check {
+            refuse_empty(path)?;
         }
         let lock = Lock::take(path)?;
         let options = file_options(&lock);
@@ -211,6 +211,18 @@ impl Sqlite {
         }
         self.writer.close().await;
     }
+}
+
+/// Refuses a file that `--migrations check` must not make or write; opening an empty one would write
+/// its first page.
+fn refuse_empty(path: &Path) -> Result<(), String> {
+    let Ok(file) = fs::metadata(path) else {
+        return Err(format!("no such file, and --migrations check makes none: {REMEDY}"));
+    };
+    if !file.is_file() || file.len() > 0 {
+        return Ok(());
+    }
+    migrate::compare(&migrate::sqlite(), &[])?.refusal().map_or(Ok(()), Err)
 }
 
 fn file_options(lock: &Lock) -> SqliteConnectOptions {
