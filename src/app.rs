@@ -236,10 +236,7 @@ fn reserved_descriptors(settings: &Settings, threads: usize) -> usize {
     const STORE: usize = 24;
     let pool = settings.database_pool;
     let logins = settings.database_url.servers() * pool.max(4);
-    AdminServer::MAX_CONNECTIONS
-        + PER_THREAD * threads
-        + OTHERS
-        + STORE.max(pool + logins)
+    AdminServer::MAX_CONNECTIONS + PER_THREAD * threads + OTHERS + STORE.max(pool + logins)
 }
 
 struct AdminServer {

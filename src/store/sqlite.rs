@@ -1,6 +1,6 @@
 //! SQLite: a file that one process has for itself, or memory.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use sqlx::{
@@ -13,6 +13,7 @@ use sqlx::{
 use tokio::{sync::SemaphorePermit, time::Instant};
 
 use self::{
+    files::Files,
     lock::Lock,
     maintainer::{Maintainer, WAL_LIMIT},
 };
@@ -30,6 +31,7 @@ use crate::{
     order::{IdempotencyKey, Order, OrderId},
 };
 
+mod files;
 mod lock;
 mod maintainer;
 mod opening;
@@ -66,8 +68,8 @@ pub(super) struct Sqlite {
     /// As many turns as there are connections to read with, so that none of them is waited for, and
     /// the writer never waits behind more than one read where it shares its connection.
     turns: Arc<Readers>,
-    /// `None` in memory. The lock is held for the life of the store.
-    file: Option<(Arc<Lock>, Maintainer)>,
+    /// `None` in memory.
+    file: Option<(Arc<Files>, Maintainer)>,
 }
 
 impl Sqlite {
@@ -77,21 +79,21 @@ impl Sqlite {
         migrations: Migrations,
         health: &StoreHealth,
     ) -> Result<Self, String> {
-        if migrations == Migrations::Check && !path.exists() {
-            return Err(format!("no such file, and --migrations check makes none: {REMEDY}"));
+        if migrations == Migrations::Check {
+            refuse_empty(path)?;
         }
-        let lock = Arc::new(Lock::take(path)?);
+        let lock = Lock::take(path)?;
         let options = file_options(&lock);
         let writer = open(SqlitePoolOptions::new().max_connections(1), &options, migrations).await;
         let (writer, _) = writer?;
-        make_durable(&writer).await?;
+        let files = Arc::new(Files::open(lock, &options).await?);
         let readers = SqlitePoolOptions::new().max_connections(READERS);
         let readers = readers.connect_lazy_with(options.create_if_missing(false));
         let turns = Arc::new(Readers::new(READERS as usize));
         let (writer_pool, readers_turns) = (writer.clone(), turns.clone());
         let maintainer =
-            Maintainer::start(lock.clone(), writer_pool, readers_turns, health.clone());
-        let opened = Self { writer, readers, turns, file: Some((lock, maintainer)) };
+            Maintainer::start(files.clone(), writer_pool, readers_turns, health.clone());
+        let opened = Self { writer, readers, turns, file: Some((files, maintainer)) };
         opening::wait_until_ready(&opened, health).await?;
         Ok(opened)
     }
@@ -136,12 +138,13 @@ impl Sqlite {
     }
 
     pub(super) async fn commit(&self, batch: &[NewOrder]) -> Result<Vec<Outcome>, Failure> {
-        if let Some((lock, _)) = &self.file {
-            let held = lock.check();
-            held.map_err(|cause| Failure::nothing_done(StoreErrorKind::Unavailable, cause))?;
+        if let Some((files, _)) = &self.file {
+            let checked = files.check().await;
+            checked.map_err(|cause| Failure::nothing_done(StoreErrorKind::Unavailable, cause))?;
         }
         let inserted = async { insert(&mut *self.writer.acquire().await?, batch).await }.await;
         let inserted = inserted.map_err(|error| failure(&error))?;
+        self.save_committed().await?;
         if let Some((_, maintainer)) = &self.file {
             maintainer.committed();
         }
@@ -161,8 +164,16 @@ impl Sqlite {
         let names = serde_json::Value::from_iter(names).to_string();
         let stored = sqlx::query(RESOLVE).bind(names).fetch_all(&self.writer).await;
         let stored = stored.map_err(|error| unknown(&error))?;
+        self.save_committed().await?;
         let stored = stored.iter().map(stored_row).collect::<Result<Vec<_>, _>>();
         Ok(resolve(batch, stored.map_err(|error| unknown(&error))?))
+    }
+
+    /// What was committed must be found after a restart before it is acknowledged.
+    async fn save_committed(&self) -> Result<(), Failure> {
+        let Some((files, _)) = &self.file else { return Ok(()) };
+        let saved = files.save_committed().await;
+        saved.map_err(|cause| Failure::unknown(StoreErrorKind::Unavailable, cause))
     }
 
     pub(super) async fn get(&self, id: OrderId) -> Result<Option<Order>, Failure> {
@@ -195,17 +206,23 @@ impl Sqlite {
         }
         self.turns.close();
         self.readers.close().await;
+        if let Some((files, _)) = &self.file {
+            files.close().await;
+        }
         self.writer.close().await;
     }
 }
 
-/// Flushes what this process finds. A process that was killed between the write and the flush of a
-/// commit leaves rows that can be read and are on no disk; an answer that rests on one would be lost
-/// with the power. A checkpoint flushes the WAL before it copies it. Later no row is visible before
-/// its own flush.
-async fn make_durable(writer: &SqlitePool) -> Result<(), String> {
-    let flushed = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(writer).await;
-    flushed.map(|_| ()).map_err(|error| format!("its WAL: {}", opening::cause(&error)))
+/// Refuses a file that `--migrations check` must not make or write; opening an empty one would write
+/// its first page.
+fn refuse_empty(path: &Path) -> Result<(), String> {
+    let Ok(file) = fs::metadata(path) else {
+        return Err(format!("no such file, and --migrations check makes none: {REMEDY}"));
+    };
+    if !file.is_file() || file.len() > 0 {
+        return Ok(());
+    }
+    migrate::compare(&migrate::sqlite(), &[])?.refusal().map_or(Ok(()), Err)
 }
 
 fn file_options(lock: &Lock) -> SqliteConnectOptions {

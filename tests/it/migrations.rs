@@ -74,6 +74,9 @@ async fn check_refuses_what_migrate_makes(database: Database) {
             std::fs::write(dir.path().join("orders.db"), "").unwrap();
             let line = refused(&url, "check").await;
             assert!(line.contains("lack migration 1"), "{line}");
+            let written = std::fs::metadata(dir.path().join("orders.db")).unwrap().len();
+            assert_eq!(written, 0, "it writes nothing");
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "it makes no other file");
         }
         _ => assert!(line.contains("lack migration 1"), "{line}"),
     }

@@ -7,7 +7,11 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use order_service::{proto::PlaceRequest, store::StoreError};
+use order_service::{
+    proto::{ListRequest, PlaceRequest},
+    store::StoreError,
+};
+use rustix::fs::{CWD, Mode, mkfifoat};
 use sqlx::{Connection as _, Executor as _, SqliteConnection};
 use tokio::{
     task::JoinSet,
@@ -43,6 +47,11 @@ async fn place(service: &Process) -> Result<(), tonic::Status> {
 async fn places_again(service: &Process) {
     let placing = async { while place(service).await.is_err() {} };
     timeout(PATIENCE, placing).await.expect("orders are placed again");
+}
+
+async fn listed(service: &Process) -> usize {
+    let list = service.grpc().await.list(ListRequest::default()).await.unwrap();
+    list.into_inner().orders.len()
 }
 
 async fn readyz(service: &Process) -> String {
@@ -139,6 +148,59 @@ async fn into_a_file_that_was_moved_away_no_order_is_placed() {
     assert_eq!(place(&service).await.unwrap_err().code(), Code::Unavailable);
     fs::rename(&aside, &real).unwrap();
     places_again(&service).await;
+}
+
+/// Without the WAL, a restart would not find what only the WAL holds.
+#[tokio::test]
+async fn a_wal_that_is_removed_or_replaced_loses_no_acknowledged_order() {
+    for replaced in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let wal = dir.path().join("orders.db-wal");
+        let service = Process::start_in(dir.path(), SOON).await;
+        for _ in 0..3 {
+            place(&service).await.unwrap();
+        }
+        assert!(fs::metadata(&wal).unwrap().len() > 0);
+        let empty = dir.path().join("empty");
+        fs::write(&empty, "").unwrap();
+        if replaced {
+            fs::rename(&empty, &wal).unwrap();
+        } else {
+            fs::remove_file(&wal).unwrap();
+        }
+        assert_eq!(place(&service).await.unwrap_err().code(), Code::Unavailable);
+        let body = readyz(&service).await;
+        assert!(body.contains("the WAL") && body.contains("restart the service"), "{body}");
+        service.kill_9().await;
+        let service = Process::start_in(dir.path(), &[]).await;
+        assert_eq!(listed(&service).await, 3);
+        place(&service).await.unwrap();
+        assert_eq!(service.terminate().await, Some(0));
+    }
+}
+
+/// What the second-by-second check saves, without a further order.
+#[tokio::test]
+async fn an_idle_service_saves_a_wal_that_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut service = Process::start_in(dir.path(), &[]).await;
+    place(&service).await.unwrap();
+    fs::remove_file(dir.path().join("orders.db-wal")).unwrap();
+    let line = service.logged("the store fails; it is tried again until it answers").await;
+    assert!(line.to_string().contains("all orders are in the database file"), "{line}");
+    service.kill_9().await;
+    let service = Process::start_in(dir.path(), &[]).await;
+    assert_eq!(listed(&service).await, 1);
+}
+
+#[tokio::test]
+async fn a_named_pipe_in_place_of_a_file_is_refused_at_once() {
+    for (pipe, named) in [("orders.db", "orders.db"), ("orders.db.lock", "orders.db.lock")] {
+        let dir = tempfile::tempdir().unwrap();
+        mkfifoat(CWD, dir.path().join(pipe), Mode::RUSR | Mode::WUSR).unwrap();
+        let line = timeout(PATIENCE, refused(&dir.path().join("orders.db"))).await.unwrap();
+        assert!(line.contains("expected a regular file") && line.contains(named), "{line}");
+    }
 }
 
 /// Returns a function that reads the length of the WAL in bytes.

@@ -6,12 +6,17 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File, Metadata, TryLockError},
+    fs::{self, File, Metadata, OpenOptions, TryLockError},
     io,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
+
+use rustix::fs::OFlags;
+
+/// What may be neither the database file nor its lock.
+const NO_FILE: &str = "expected a regular file";
 
 /// Attempts to lock a file that somebody removes at the same time.
 const ATTEMPTS: usize = 10;
@@ -35,7 +40,7 @@ struct Held {
 
 /// Device and inode, which identify a file whatever its name is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FileId(u64, u64);
+pub(super) struct FileId(u64, u64);
 
 impl Lock {
     /// Locks a database file, and creates it if it is missing.
@@ -47,7 +52,7 @@ impl Lock {
         let shown = |what: &str, error: io::Error| format!("cannot {what} it: {error}");
         // SQLite has not opened a missing file, so closing it here releases no lock of SQLite.
         if fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            let created = File::options().create(true).append(true).mode(0o644).open(path);
+            let created = options().mode(0o644).open(path);
             created.map_err(|error| {
                 format!("{}; this user must be able to write its directory", shown("create", error))
             })?;
@@ -55,7 +60,7 @@ impl Lock {
         let database = fs::canonicalize(path).map_err(|error| shown("open", error))?;
         let metadata = fs::metadata(&database).map_err(|error| shown("open", error))?;
         if !metadata.is_file() {
-            return Err("expected a regular file".to_owned());
+            return Err(NO_FILE.to_owned());
         }
         let links = metadata.nlink();
         if links > 1 {
@@ -64,9 +69,7 @@ impl Lock {
                  another name"
             ));
         }
-        let mut name = OsString::from(&database);
-        name.push(".lock");
-        let path = PathBuf::from(name);
+        let path = beside(&database, ".lock");
         let held = Mutex::new(lock_file(&path)?);
         Ok(Self { database, database_id: FileId::of(&metadata), path, held })
     }
@@ -74,6 +77,11 @@ impl Lock {
     /// The canonical path of the database file.
     pub(super) fn database(&self) -> &Path {
         &self.database
+    }
+
+    /// The path of the write-ahead log.
+    pub(super) fn wal(&self) -> PathBuf {
+        beside(&self.database, "-wal")
     }
 
     /// Checks that both files are still at their paths. If the lock file was removed or replaced,
@@ -104,9 +112,22 @@ impl Lock {
 }
 
 impl FileId {
-    fn of(file: &Metadata) -> Self {
+    pub(super) fn of(file: &Metadata) -> Self {
         Self(file.dev(), file.ino())
     }
+}
+
+/// Opening a named pipe must not wait for its other end.
+fn options() -> OpenOptions {
+    let mut options = File::options();
+    options.create(true).append(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    options
+}
+
+fn beside(database: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(database);
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// Creates and locks a file. The file must still be at its path once it is locked.
@@ -114,13 +135,21 @@ fn lock_file(path: &Path) -> Result<Held, String> {
     let name = path.display();
     let failed = |what: &str, error: io::Error| format!("cannot {what} {name}: {error}");
     for _ in 0..ATTEMPTS {
-        let file = File::options().create(true).append(true).open(path);
+        if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(format!("{NO_FILE} at {name}"));
+        }
+        let file = options().open(path);
         let file = file.map_err(|error| {
             format!(
                 "{}; this user must be able to write it and its directory",
                 failed("open", error)
             )
         })?;
+        let metadata = file.metadata();
+        let metadata = metadata.map_err(|error| failed("read the metadata of", error))?;
+        if !metadata.is_file() {
+            return Err(format!("{NO_FILE} at {name}"));
+        }
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -128,8 +157,7 @@ fn lock_file(path: &Path) -> Result<Held, String> {
             }
             Err(TryLockError::Error(error)) => return Err(failed("lock", error)),
         }
-        let id =
-            FileId::of(&file.metadata().map_err(|error| failed("read the metadata of", error))?);
+        let id = FileId::of(&metadata);
         if fs::metadata(path).is_ok_and(|found| FileId::of(&found) == id) {
             return Ok(Held { _file: file, id });
         }
