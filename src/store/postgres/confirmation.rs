@@ -6,9 +6,9 @@ use sqlx::Row as _;
 
 use super::{RESOLVE, session::Session};
 
-/// How long to wait for the commit of [`RESOLVE_CONFIRMED`] or [`PROBE`]. Longer than an attempt: a retry sends
-/// a new commit, which waits as long again, so that a standby that takes longer than this limit
-/// confirms nothing.
+/// How long to wait for the commit of [`RESOLVE_CONFIRMED`] or [`PROBE`]. Longer than an attempt: a
+/// retry sends a new commit, which waits as long again, so that a standby that takes longer than
+/// this limit confirms nothing.
 pub(super) const CONFIRMATION: Duration = Duration::from_secs(5);
 
 /// The cause when that commit does not return in time.
